@@ -1,0 +1,21 @@
+"""S0 tuning for Hugging Face PEFT: learn the initial state of each recurrent layer, and nothing else.
+
+Importing this package registers the method with PEFT, so that `get_peft_model`, `PeftModel.from_pretrained`,
+`AutoPeftModel` and trainers that take a `peft_config` work with S0 adapters.
+"""
+
+from ._versions import require_transformers
+
+require_transformers()
+
+from .config import S0Config  # noqa: E402
+from .layer import S0Layer  # noqa: E402
+from .mixers import Family, Gate, Mixer, register_mixer, registered_mixers  # noqa: E402
+from .model import S0Model  # noqa: E402
+from .registry import register  # noqa: E402
+
+register()
+
+__version__ = "0.1.0"
+
+__all__ = ["Family", "Gate", "Mixer", "S0Config", "S0Layer", "S0Model", "register_mixer", "registered_mixers"]

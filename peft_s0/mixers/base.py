@@ -1,0 +1,143 @@
+"""What must be known of a recurrent mixer, and the register of all that is known."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Columns = Callable[[nn.Module], "Tensor | slice"]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A projection inside a mixer whose output decides what a position does to the state.
+
+    At a pad, its output is set to a value at which the state neither decays nor is written to.
+
+    Args:
+        projection: attribute of the mixer that holds the projection.
+        frozen: the value that freezes the state, in the projection's own output space.
+        columns: from the mixer to the columns of the projection's last dimension that are this gate, as a slice or as
+            a bool tensor [features]; None: all of them.
+    """
+
+    projection: str
+    frozen: float = -1e4
+    columns: Columns | None = None
+
+    def freeze(self, mixer: nn.Module, output: Tensor, pads: Tensor) -> Tensor:
+        """Freeze the state at pads.
+
+        Args:
+            mixer: the mixer that holds the projection.
+            output: the projection's output [batch, tokens, features].
+            pads: bool [batch, tokens], True where the state must stay as it is.
+
+        Returns:
+            The output with this gate's columns replaced at pads.
+        """
+        where = pads.unsqueeze(-1)
+        if self.columns is not None:
+            chosen = torch.zeros(output.shape[-1], dtype=torch.bool, device=output.device)
+            chosen[self.columns(mixer)] = True
+            where = where & chosen
+        return output.masked_fill(where, self.frozen)
+
+    def engage(self, mixer: nn.Module) -> None:
+        """Called before a mixer call in which this gate freezes pads."""
+
+    def release(self, mixer: nn.Module) -> None:
+        """Called after it, also if it raised."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A recurrence: what all mixers share that compute it.
+
+    Args:
+        name: the field's name of the recurrence.
+        alpha: default scale of an S0 state.
+    """
+
+    name: str
+    alpha: float
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """Declaration of a recurrent mixer that takes its initial state from its cache.
+
+    The class must ask its cache for `get_conv_state(layer_idx, state_idx=0)` and `get_recurrent_state(layer_idx)` and
+    hand the latter to its recurrence, and must have an attribute `layer_idx`.
+
+    Args:
+        path: module and name of the class, as in "transformers.models.mamba2.modeling_mamba2.Mamba2Mixer".
+        family: the recurrence.
+        state_shape: from a mixer to the shape of one sequence's state, [heads, ...], as the kernel takes it.
+        gates: the projections to freeze at pads.
+        cache_argument: name of the forward argument that carries the cache.
+    """
+
+    path: str
+    family: Family
+    state_shape: Callable[[nn.Module], tuple[int, ...]]
+    gates: tuple[Gate, ...]
+    cache_argument: str = "cache_params"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Declarations hold functions that pickle cannot carry, and are the same in every process.
+        return (_by_path, (self.path,))
+
+
+_MIXERS: dict[str, Mixer] = {}
+
+
+def register_mixer(mixer: Mixer) -> Mixer:
+    """Make a recurrent mixer known, so that S0 finds it in models.
+
+    Args:
+        mixer: the declaration. A second one for the same class replaces the first.
+
+    Returns:
+        The declaration.
+    """
+    _MIXERS[mixer.path] = mixer
+    find_mixer.cache_clear()
+    return mixer
+
+
+def registered_mixers() -> tuple[Mixer, ...]:
+    """All declarations, in the order of registration."""
+    return tuple(_MIXERS.values())
+
+
+@functools.cache
+def find_mixer(module_class: type[nn.Module]) -> Mixer | None:
+    """The declaration for a module's class or the nearest of its bases, None if there is none."""
+    for base in module_class.__mro__:
+        mixer = _MIXERS.get(f"{base.__module__}.{base.__qualname__}")
+        if mixer is not None:
+            return mixer
+    return None
+
+
+@functools.cache
+def parameter_names(module_class: type[nn.Module]) -> tuple[str, ...]:
+    """Names of the arguments of a class's forward, without self."""
+    return tuple(inspect.signature(module_class.forward).parameters)[1:]
+
+
+def _by_path(path: str) -> Mixer:
+    try:
+        return _MIXERS[path]
+    except KeyError:
+        raise ValueError(
+            f"No recurrent mixer '{path}' is registered with peft_s0 here. Call peft_s0.register_mixer for it before "
+            "unpickling a model that has it."
+        ) from None

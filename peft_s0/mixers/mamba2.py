@@ -1,0 +1,72 @@
+"""Mamba-2: S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T, y_t = S_t C_t + D x_t (arXiv 2405.21060).
+
+The state is kept as [heads, head dimension, state dimension]. dt_t = softplus(logit + bias), and the logits are the last
+`num_heads` columns of the input projection: at a large negative logit dt_t is exactly 0, so nothing decays and nothing
+is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .base import Family, Gate, Mixer, register_mixer
+
+FAMILY = Family("Mamba-2", alpha=0.65)
+
+
+def _state_shape(mixer: nn.Module) -> tuple[int, ...]:
+    return (mixer.num_heads, mixer.head_dim, mixer.ssm_state_size)
+
+
+@dataclass(frozen=True)
+class TimeStepGate(Gate):
+    """The time step's logits: the last `num_heads` columns of `in_proj`.
+
+    Some mixers clamp dt from below (`time_step_limit`), also at pads, where it would let the state decay. While pads are
+    frozen the lower limit is therefore taken off, and the real tokens' logits are clamped instead, to the same dt.
+
+    Args:
+        scale: from a mixer to the factor [num_heads] between the projection's output and the logit; None: 1.
+    """
+
+    projection: str = "in_proj"
+    scale: Callable[[nn.Module], Tensor] | None = None
+
+    def freeze(self, mixer: nn.Module, output: Tensor, pads: Tensor) -> Tensor:
+        heads = mixer.num_heads
+        logits = output[..., -heads:]
+        limit = mixer.__dict__.get("s0_time_step_limit")
+        if limit is not None:
+            low = torch.tensor(limit[0], dtype=torch.float64)
+            # The inverse of softplus, without the overflow of log(exp(x) - 1) at small x.
+            floor = (low + torch.log(-torch.expm1(-low))).float().to(output.device) - mixer.dt_bias.float()
+            if self.scale is not None:
+                floor = floor / self.scale(mixer)
+            logits = torch.maximum(logits, floor.to(logits.dtype))
+        logits = logits.masked_fill(pads.unsqueeze(-1), self.frozen)
+        return torch.cat([output[..., :-heads], logits], dim=-1)
+
+    def engage(self, mixer: nn.Module) -> None:
+        low, high = mixer.time_step_limit
+        if low > 0:
+            mixer.s0_time_step_limit = (low, high)
+            mixer.time_step_limit = (0.0, high)
+
+    def release(self, mixer: nn.Module) -> None:
+        limit = mixer.__dict__.pop("s0_time_step_limit", None)
+        if limit is not None:
+            mixer.time_step_limit = limit
+
+
+register_mixer(
+    Mixer(
+        path="transformers.models.falcon_h1.modeling_falcon_h1.FalconH1Mixer",
+        family=FAMILY,
+        state_shape=_state_shape,
+        gates=(TimeStepGate(scale=lambda mixer: mixer.mup_vector[..., -mixer.num_heads :]),),
+    )
+)
