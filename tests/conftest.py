@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+
+# Before any library asks: no network in tests, and no parallelism within one (pytest-xdist runs several).
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import hypothesis
+import pytest
+import torch
+from architectures import ARCHITECTURES, Architecture
+from peft import PeftModel, get_peft_model
+from reference import with_slow_mixers
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from peft_s0 import S0Config, S0Layer
+
+torch.set_num_threads(1)
+logging.set_verbosity_error()
+hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=25)
+hypothesis.settings.load_profile("default")
+
+RELATIVE_TOLERANCE = 1e-5
+
+
+@pytest.fixture(params=ARCHITECTURES, ids=lambda architecture: architecture.name)
+def architecture(request: pytest.FixtureRequest) -> Architecture:
+    return request.param
+
+
+@dataclass
+class Tuned:
+    """A base model, the same with random states, and its naive twin."""
+
+    architecture: Architecture
+    base: PreTrainedModel
+    model: PeftModel
+    slow: nn.Module
+
+    def ids(self, rows: int, tokens: int, seed: int = 0) -> Tensor:
+        """Random token ids [rows, tokens] without special tokens."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(3, self.base.config.vocab_size, (rows, tokens), generator=generator)
+
+    @torch.no_grad()
+    def expected(self, ids: Tensor) -> Tensor:
+        """Logits of the naive twin for unpadded rows."""
+        return self.slow(ids, use_cache=False).logits.float()
+
+    @torch.no_grad()
+    def effect(self, ids: Tensor) -> float:
+        """How far the states move the logits: what an error is measured against."""
+        return float((self.expected(ids) - self.base(ids, use_cache=False).logits).abs().max())
+
+    def assert_equal(self, actual: Tensor, expected: Tensor, effect: float, tolerance: float = RELATIVE_TOLERANCE) -> None:
+        """Equality to rounding, relative to the effect of the states."""
+        assert effect > 0.3, f"the states move the logits by {effect} only: an error would not show"
+        error = float((actual - expected).abs().max())
+        assert error <= tolerance * effect, f"error {error:.2e} at an effect of {effect:.2e}"
+
+
+def states_of(model: nn.Module) -> dict[str, Tensor]:
+    """The effective state of each mixer, by the mixer's name in the base model."""
+    return {
+        name.removeprefix("base_model.model.").removesuffix(".s0"): layer.effective_state(layer.active_adapters[0]).detach()
+        for name, layer in model.named_modules()
+        if isinstance(layer, S0Layer)
+    }
+
+
+def tune(architecture: Architecture, seed: int = 0, **config: object) -> Tuned:
+    """A tiny model with random non-zero states."""
+    base = architecture.build(seed)
+    arguments = {"alpha": 0.7, "init_weights": 1.0, "l2_lambda": 0.0, **config}
+    model = get_peft_model(architecture.build(seed), S0Config(**arguments)).eval()
+    return Tuned(architecture, base, model, with_slow_mixers(base, architecture.slow_mixer, states_of(model)))
+
+
+@pytest.fixture
+def tuned(architecture: Architecture) -> Tuned:
+    return tune(architecture)
+
+
+@pytest.fixture(autouse=True)
+def _expected_warnings() -> None:
+    # Deprecations inside transformers and peft, which this package has no part in.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|trl")

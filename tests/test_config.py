@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from architectures import ARCHITECTURES
+from conftest import tune
+from peft import get_peft_model
+
+from peft_s0 import S0Config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"variant": "offsett"}, "variant must be one of 'initial', got 'offsett'"),
+        ({"alpha": -0.1}, "alpha must be a finite number >= 0, got -0.1"),
+        ({"alpha": math.nan}, "alpha must be a finite number"),
+        ({"alpha": "0.07"}, "alpha must be a finite number >= 0, got '0.07'"),
+        ({"train_alpha": math.inf}, "train_alpha must be"),
+        ({"l2_lambda": -1.0}, "l2_lambda must be"),
+        ({"l2_lambda": None}, "l2_lambda must be"),
+        ({"rank": 0}, "rank must be an integer >= 1"),
+        ({"rank": 1.5}, "rank must be an integer >= 1.*got 1.5"),
+        ({"rank": True}, "rank must be an integer"),
+        ({"init_weights": "zeros"}, "init_weights must be"),
+        ({"init_weights": -1.0}, "init_weights must be"),
+        ({"layers_pattern": "layers"}, "layers_to_transform"),
+    ],
+)
+def test_bad_values(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        S0Config(**arguments)
+
+
+@pytest.mark.parametrize(("architecture", "alpha"), list(zip(ARCHITECTURES, (0.07, 0.65), strict=True)), ids=str)
+def test_alpha_is_the_familys_unless_given(architecture, alpha: float) -> None:
+    config = S0Config()
+    get_peft_model(architecture.build(), config)
+    assert config.alpha == alpha
+    config = S0Config(alpha=0.0)
+    get_peft_model(architecture.build(), config)
+    assert config.alpha == 0.0
+
+
+def test_target_modules_are_written_into_the_config(architecture) -> None:
+    config = S0Config()
+    model = get_peft_model(architecture.build(), config)
+    assert config.target_modules == {"qwen3_5": {"linear_attn"}, "falcon_h1": {"mamba"}}[architecture.name]
+    assert len(model.targeted_module_names) == {"qwen3_5": 3, "falcon_h1": 2}[architecture.name]
+
+
+def test_rank_beyond_the_state(architecture) -> None:
+    with pytest.raises(ValueError, match=r"rank=17 is more than a head's state.*16"):
+        get_peft_model(architecture.build(), S0Config(rank=17))
+
+
+def test_scales(architecture) -> None:
+    ids = tune(architecture).ids(2, 9)
+    plain = tune(architecture, alpha=0.5)
+    state = next(iter(plain.model.base_model._layers())).s0_state["default"].weight
+    layer = next(iter(plain.model.base_model._layers()))
+    config = plain.model.peft_config["default"]
+    assert torch.equal(layer.effective_state("default"), 0.5 * state)
+    config.normalize = True
+    torch.testing.assert_close(layer.effective_state("default"), 0.5 * state / state.norm())
+    config.train_alpha = 2.0
+    torch.testing.assert_close(layer.effective_state("default"), 0.5 * state / state.norm())
+    evaluated = plain.model(ids).logits
+    plain.model.train()
+    assert torch.equal(layer.effective_state("default"), 2 * state)
+    assert not torch.equal(plain.model(ids).logits, evaluated)
+
+
+def test_low_rank_state(architecture) -> None:
+    tuned = tune(architecture, rank=2)
+    for layer in tuned.model.base_model._layers():
+        heads, rows, columns = layer.state_shape
+        assert layer.s0_state["default"].weight.shape == (heads, rows + columns, 2)
+        assert torch.linalg.matrix_rank(layer.effective_state("default")).tolist() == [2] * heads
+    ids = tuned.ids(2, 9)
+    with torch.no_grad():
+        tuned.assert_equal(tuned.model(ids).logits, tuned.expected(ids), tuned.effect(ids))
+
+
+def test_low_rank_starts_at_zero_and_learns(architecture) -> None:
+    tuned = tune(architecture, rank=2, init_weights=True)
+    ids = tuned.ids(2, 9)
+    assert torch.equal(tuned.model(ids).logits, tuned.base(ids).logits)
+    tuned.model(ids).logits.square().mean().backward()
+    assert all(p.grad.abs().max() > 0 for p in tuned.model.parameters() if p.requires_grad)

@@ -1,0 +1,136 @@
+"""Gradients of the states: those of the naive twin, of finite differences, and the same however the tokens arrive."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from architectures import Architecture
+from conftest import Tuned, states_of, tune
+from reference import with_slow_mixers
+from test_law import left_pad, packed_arguments
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def loss_of(model, ids: Tensor, labels: Tensor | None = None, **arguments: object) -> Tensor:
+    """Summed cross-entropy of every next token."""
+    logits = model(ids, **arguments).logits.double()
+    labels = ids if labels is None else labels
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum", ignore_index=-100)
+
+
+def gradients(tuned: Tuned, loss: Tensor) -> dict[str, Tensor]:
+    tuned.model.zero_grad()
+    loss.backward()
+    found = {name: p.grad for name, p in tuned.model.named_parameters() if p.requires_grad}
+    assert found
+    assert all("s0_state" in name for name in found)
+    assert all(grad is not None and bool(grad.abs().max() > 0) for grad in found.values())
+    return found
+
+
+def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        scale = float(expected[name].abs().max())
+        assert float((actual[name] - expected[name]).abs().max()) <= tolerance * scale, name
+
+
+def reference_gradients(tuned: Tuned, rows: list[Tensor]) -> dict[str, Tensor]:
+    """Gradients by the states' parameters, through the naive twin, of the rows' summed losses."""
+    states = {name: state.double().requires_grad_() for name, state in states_of(tuned.model).items()}
+    slow = with_slow_mixers(tuned.base, tuned.architecture.slow_mixer, states)
+    sum(loss_of(slow, row[None], use_cache=False) for row in rows).backward()
+    alpha = tuned.model.peft_config["default"].alpha
+    return {
+        f"base_model.model.{name}.s0.s0_state.default.weight": alpha * state.grad.float() for name, state in states.items()
+    }
+
+
+def test_equal_the_naive_twin(tuned: Tuned) -> None:
+    ids = tuned.ids(2, 20)
+    assert_equal(gradients(tuned, loss_of(tuned.model, ids)), reference_gradients(tuned, list(ids)))
+
+
+@pytest.mark.parametrize("init_weights", [True, 1.0])
+def test_left_padded_rows(architecture: Architecture, init_weights: bool | float) -> None:
+    """Also at zero, where training starts and pads would not show in the logits."""
+    tuned = tune(architecture, init_weights=init_weights)
+    rows = [tuned.ids(1, length, seed=length)[0] for length in (17, 9, 4)]
+    ids, mask, positions = left_pad(rows)
+    # The first real token has no logits in front of it: there stands a pad.
+    labels = torch.where(mask.cumsum(1) > 1, ids, -100)
+    loss = loss_of(tuned.model, ids, labels, attention_mask=mask, position_ids=positions)
+    assert_equal(gradients(tuned, loss), reference_gradients(tuned, rows))
+
+
+def test_packed_rows(tuned: Tuned) -> None:
+    rows = [tuned.ids(1, length, seed=length)[0] for length in (9, 2, 17)]
+    ids = torch.cat(rows)[None]
+    arguments = packed_arguments([9, 2, 17])
+    labels = torch.where(arguments["position_ids"] > 0, ids, -100)
+    assert_equal(
+        gradients(tuned, loss_of(tuned.model, ids, labels, use_cache=False, **arguments)), reference_gradients(tuned, rows)
+    )
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_one_token_rows(tuned: Tuned, training: bool) -> None:
+    """A loss on the only token's logits, with a cache or without."""
+    tuned.model.train(training)
+    ids = tuned.ids(3, 1)
+    found = []
+    for use_cache in (False, True):
+        logits = tuned.model(ids, use_cache=use_cache).logits
+        found.append(gradients(tuned, logits.square().sum()))
+    states = {name: state.double().requires_grad_() for name, state in states_of(tuned.model).items()}
+    slow = with_slow_mixers(tuned.base, tuned.architecture.slow_mixer, states)
+    slow(ids, use_cache=False).logits.square().sum().backward()
+    alpha = tuned.model.peft_config["default"].alpha
+    expected = {
+        f"base_model.model.{name}.s0.s0_state.default.weight": alpha * state.grad.float() for name, state in states.items()
+    }
+    for actual in found:
+        assert_equal(actual, expected)
+
+
+def test_finite_differences(tuned: Tuned) -> None:
+    """Along random directions, and along the gradient itself."""
+    ids = tuned.ids(2, 12)
+    found = gradients(tuned, loss_of(tuned.model, ids))
+    parameters = {name: p for name, p in tuned.model.named_parameters() if p.requires_grad}
+    generator = torch.Generator().manual_seed(0)
+    random = {name: torch.randn(p.shape, generator=generator) for name, p in parameters.items()}
+    for direction in (random, found):
+        norm = sum(float(d.square().sum()) for d in direction.values()) ** 0.5
+        step, losses = 3e-2 / norm, []
+        with torch.no_grad():
+            for sign in (1, -2, 1):
+                for name, parameter in parameters.items():
+                    parameter.add_(sign * step * direction[name])
+                losses.append(float(loss_of(tuned.model, ids)))
+        slope = sum(float((direction[name] * found[name]).sum()) for name in found)
+        assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(slope, rel=5e-3)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing(architecture: Architecture, use_reentrant: bool, padded: bool) -> None:
+    tuned = tune(architecture)
+    rows = [tuned.ids(1, 15)[0], tuned.ids(1, 15 - 8 * padded, seed=1)[0]]
+    ids, mask, positions = left_pad(rows)
+    arguments = {"attention_mask": mask, "position_ids": positions}
+    tuned.model.train()
+    expected = gradients(tuned, loss_of(tuned.model, ids, use_cache=False, **arguments))
+    tuned.model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    tuned.model.enable_input_require_grads()
+    actual = gradients(tuned, loss_of(tuned.model, ids, use_cache=False, **arguments))
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("config", [{"normalize": True}, {"rank": 2}, {"train_alpha": 1.0}, {"init_weights": True, "normalize": True}])
+def test_every_form_of_state_has_a_finite_gradient(architecture: Architecture, config: dict) -> None:
+    tuned = tune(architecture, **config)
+    tuned.model.train()
+    found = gradients(tuned, loss_of(tuned.model, tuned.ids(2, 9)))
+    assert all(bool(torch.isfinite(grad).all()) for grad in found.values())
