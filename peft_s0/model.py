@@ -351,4 +351,9 @@ def _withdraw(model: nn.Module, config: S0Config, adapter_name: str) -> None:
         layer.delete_adapter(adapter_name)
         if not layer.configs:
             detach(mixer)
-    model.peft_config.pop(adapter_name, None)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    adapters = model.peft_config
+    adapters.pop(adapter_name, None)
+    if not adapters and "peft_config" in vars(base):
+        # As PEFT's own unload does it: a model that carries this attribute counts as adapted.
+        del base.peft_config
