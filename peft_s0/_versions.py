@@ -17,6 +17,6 @@ def require_transformers(installed: str = transformers.__version__) -> None:
     """
     if Version(installed) < Version(TRANSFORMERS):
         raise ImportError(
-            f"peft_s0 needs transformers >= {TRANSFORMERS}, found {installed}: older recurrent layers do not take their "
-            f"initial state from the cache. Run: pip install 'transformers>={TRANSFORMERS}'"
+            f"peft_s0 needs transformers >= {TRANSFORMERS}, found {installed}: older recurrent layers do not take "
+            f"their initial state from the cache. Run: pip install 'transformers>={TRANSFORMERS}'"
         )

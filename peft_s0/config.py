@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
@@ -62,7 +62,9 @@ class S0Config(PeftConfig):
 
     target_modules: list[str] | set[str] | str | None = field(
         default=None,
-        metadata={"help": "Recurrent mixers to adapt: list of name suffixes or a regular expression. None: all of them."},
+        metadata={
+            "help": "Recurrent mixers to adapt: list of name suffixes or a regular expression. None: all of them."
+        },
     )
     exclude_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Mixers to leave alone: list of name suffixes or a regular expression."}
@@ -86,7 +88,8 @@ class S0Config(PeftConfig):
         default=None, metadata={"help": "Scale of the state. None: the default of the mixers' recurrence family."}
     )
     train_alpha: float | None = field(
-        default=None, metadata={"help": "Scale in training mode. None: alpha (the paper); 1.0: as in the authors' code."}
+        default=None,
+        metadata={"help": "Scale in training mode. None: alpha (the paper); 1.0: as in the authors' code."},
     )
     normalize: bool = field(
         default=False, metadata={"help": "Divide each layer's state by its Frobenius norm before scaling."}
@@ -100,6 +103,9 @@ class S0Config(PeftConfig):
     rank: int | None = field(
         default=None, metadata={"help": "Rank of each head's state as a product of two matrices. None: full."}
     )
+
+    # Whether the config came from a file whose states were not read yet. Not a field, so it is never saved.
+    awaits_states: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,16 +125,19 @@ class S0Config(PeftConfig):
             _is_number(self.init_weights) and math.isfinite(self.init_weights) and self.init_weights >= 0
         ):
             raise ValueError(
-                "S0Config: init_weights must be True, False or a standard deviation >= 0, "
-                f"got {self.init_weights!r}."
+                f"S0Config: init_weights must be True, False or a standard deviation >= 0, got {self.init_weights!r}."
             )
         if self.variant not in VARIANTS:
-            raise ValueError(f"S0Config: variant must be one of {', '.join(map(repr, VARIANTS))}, got {self.variant!r}.")
+            raise ValueError(
+                f"S0Config: variant must be one of {', '.join(map(repr, VARIANTS))}, got {self.variant!r}."
+            )
         if self.rank is not None and (not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1):
             raise ValueError(f"S0Config: rank must be an integer >= 1, or None for the full state, got {self.rank!r}.")
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> S0Config:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> S0Config:
         """Load the config of a saved adapter, from a folder or from the Hub.
 
         A folder's states file is opened as well, so that a broken one is refused before any model is touched.
@@ -143,8 +152,7 @@ class S0Config(PeftConfig):
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         _check_readable(Path(pretrained_model_name_or_path) / (subfolder or "") / SAFETENSORS_WEIGHTS_NAME)
-        # Not a field, so never saved: see S0Model, which takes an adapter away again whose states are refused.
-        config.awaits_states = True
+        vars(config)["awaits_states"] = True
         return config
 
 
@@ -160,6 +168,6 @@ def _check_readable(file: Path) -> None:
             pass
     except SafetensorError as error:
         raise ValueError(
-            f"'{file}' is not a whole safetensors file ({error}; {file.stat().st_size} bytes on disk): it is truncated or "
-            "damaged. Copy or download the adapter again."
+            f"'{file}' is not a whole safetensors file ({error}; {file.stat().st_size} bytes on disk): it is truncated "
+            "or damaged. Copy or download the adapter again."
         ) from error

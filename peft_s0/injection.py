@@ -1,19 +1,18 @@
 """The hooks on a mixer: when a sequence starts, and what the mixer is called with then.
 
 Every mixer asks its cache for the state to start from and hands it to whatever kernel is in use. So where a sequence
-starts, the mixer is called with a small view in place of its cache, which answers with the learnt state. On a cache that
-already holds a state of this layer the mixer is called untouched: decoding runs the base model's own code.
+starts, the mixer is called with a small view in place of its cache, which answers with the learnt state. On a cache
+that already holds a state of this layer the mixer is called untouched: decoding runs the base model's own code.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
+from torch.nn.functional import pad
 
 from . import padding
 from .layer import S0Layer
@@ -52,7 +51,7 @@ class SequenceStart:
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
         """There are no tokens before the first."""
-        return None
+        return
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor:
         """The states to start from."""
@@ -78,6 +77,16 @@ class SequenceStart:
         return self.cache is not None and self.cache.is_recording_past(layer_idx)
 
 
+def layer_of(mixer: nn.Module) -> S0Layer:
+    """The tuner layer of a mixer that has one."""
+    return cast(S0Layer, mixer.s0)
+
+
+def has_layer(module: nn.Module) -> bool:
+    """Whether a module is a mixer with a tuner layer."""
+    return isinstance(getattr(module, CHILD, None), S0Layer)
+
+
 def attach(mixer: nn.Module, layer: S0Layer) -> None:
     """Make a tuner layer the child of its mixer and hook the mixer."""
     mixer.add_module(CHILD, layer)
@@ -91,8 +100,7 @@ def attach(mixer: nn.Module, layer: S0Layer) -> None:
 
 def detach(mixer: nn.Module) -> None:
     """Undo `attach`."""
-    layer = mixer.get_submodule(CHILD)
-    assert isinstance(layer, S0Layer)
+    layer = layer_of(mixer)
     for handle in layer.handles:
         handle.remove()
     padding.uninstall(mixer, layer.declaration)
@@ -100,12 +108,12 @@ def detach(mixer: nn.Module) -> None:
 
 
 def _before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    layer: S0Layer = mixer.s0
+    layer = layer_of(mixer)
     if not layer.participates:
         return None
     declaration = layer.declaration
     if args:
-        kwargs = {**dict(zip(parameter_names(type(mixer)), args)), **kwargs}
+        kwargs = {**dict(zip(parameter_names(type(mixer)), args, strict=False)), **kwargs}
     cache = kwargs.get(declaration.cache_argument)
     hidden_states, mask = kwargs["hidden_states"], kwargs.get("attention_mask")
     batch, tokens = hidden_states.shape[:2]
@@ -136,11 +144,11 @@ def _before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         start.kept, start.tokens = slice(-1, None), None if cache is None else int(documents.lengths[-1])
     elif tokens == 1 and not _stays_zero(states):
         # Single steps are made for decoding: some kernels have no backward pass, some write to the state they are
-        # given, some ignore the mask. A single first token is therefore run as two tokens, of which the second is a pad.
-        hidden_states = F.pad(hidden_states, (0, 0, 0, 1))
+        # given, some ignore the mask. A single first token is therefore run as two tokens, the second being a pad.
+        hidden_states = pad(hidden_states, (0, 0, 0, 1))
         added = torch.tensor([[False, True]], device=hidden_states.device)
-        pads = None if pads is None else F.pad(pads, (0, 1))
-        mask = None if mask is None or mask.ndim != 2 else F.pad(mask[:, -1:], (0, 1))
+        pads = None if pads is None else pad(pads, (0, 1))
+        mask = None if mask is None or mask.ndim != 2 else pad(mask[:, -1:], (0, 1))
         start.restore, start.tokens = _first_token, 1
     elif tokens == 1:
         return None
@@ -150,7 +158,7 @@ def _before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _after_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    layer: S0Layer = mixer.s0
+    layer = layer_of(mixer)
     start = kwargs.get(layer.declaration.cache_argument)
     if layer.freezes:
         layer.freezes = False

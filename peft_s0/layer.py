@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -83,6 +83,7 @@ class InitialState(nn.Module):
         return self
 
     def extra_repr(self) -> str:
+        """Shape and rank, for printing."""
         return f"shape={list(self.shape)}" + ("" if self.rank is None else f", rank={self.rank}")
 
 
@@ -123,6 +124,10 @@ class S0Layer(nn.Module, BaseTunerLayer):
         self.s0_state[adapter_name].train(self.training)
         self.set_adapter(self.active_adapters)
 
+    def state(self, adapter_name: str) -> InitialState:
+        """The module that holds an adapter's state."""
+        return cast(InitialState, self.s0_state[adapter_name])
+
     @property
     def participates(self) -> bool:
         """Whether any row of the next call may start from a learnt state."""
@@ -135,11 +140,13 @@ class S0Layer(nn.Module, BaseTunerLayer):
         """The state that an adapter's sequences start from.
 
         Returns:
-            [heads, ...] in float32: alpha * S, alpha * S / ||S||_F with `normalize`; in training mode train_alpha * S if
-            `train_alpha` is set. Never the parameter itself nor a view of it, since kernels may write to it.
+            [heads, ...] in float32: alpha * S, or alpha * S / ||S||_F with `normalize`; in training mode
+            train_alpha * S if `train_alpha` is set. Never the parameter itself nor a view of it, since kernels may
+            write to it.
         """
         config = self.configs[adapter_name]
-        state = self.s0_state[adapter_name]()
+        assert config.alpha is not None, "S0Model sets alpha before it makes layers"
+        state: Tensor = self.state(adapter_name)()
         if self.training and config.train_alpha is not None:
             return state * config.train_alpha
         if config.normalize:
@@ -197,19 +204,24 @@ class S0Layer(nn.Module, BaseTunerLayer):
 
     @property
     def weight(self) -> Tensor:
+        """None; PEFT reads a wrapped layer's weight here."""
         raise AttributeError("An S0 layer stands beside its mixer and has no base weight.")
 
     @property
     def bias(self) -> Tensor:
+        """None; PEFT reads a wrapped layer's bias here."""
         raise AttributeError("An S0 layer stands beside its mixer and has no base bias.")
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Not possible for states; raises ValueError."""
         raise ValueError(MERGE_ERROR)
 
     def unmerge(self) -> None:
+        """Not possible for states; raises ValueError."""
         raise ValueError(MERGE_ERROR)
 
     def forward(self, *args: Any, **kwargs: Any) -> None:
+        """Never called; raises RuntimeError."""
         raise RuntimeError("An S0 layer is not called; it acts through the hooks of its mixer.")
 
 
@@ -221,7 +233,7 @@ MERGE_ERROR = (
 
 
 def _matters(states: Tensor) -> Tensor:
-    """bool [rows]: whether a row's state is not zero, or is being learnt, so that its pads must be exact."""
+    """Bool [rows]: whether a row's state is not zero, or is being learnt, so that its pads must be exact."""
     if torch.is_grad_enabled() and states.requires_grad:
         return torch.ones(states.shape[0], dtype=torch.bool, device=states.device)
     return (states != 0).flatten(1).any(dim=1)

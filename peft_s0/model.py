@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, _find_minimal_target_modules
@@ -14,7 +14,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .config import S0Config
-from .injection import CHILD, attach, detach
+from .injection import CHILD, attach, detach, has_layer, layer_of
 from .layer import BASE, MERGE_ERROR, S0Layer
 from .mixers import Mixer, find_mixer, registered_mixers
 from .mixers.refused import looks_recurrent
@@ -41,7 +41,7 @@ class S0Model(BaseTuner):
 
     prefix: str = "s0_"
     tuner_layer_cls = S0Layer
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - as in PEFT
 
     def _prepare_adapter_config(self, peft_config: S0Config, model_config: dict[str, Any]) -> S0Config:
         mixers = dict(_mixers(self.model))
@@ -84,8 +84,8 @@ class S0Model(BaseTuner):
             raise ValueError(
                 f"S0Config: target_modules={peft_config.target_modules!r} (exclude_modules="
                 f"{peft_config.exclude_modules!r}, layers_to_transform={peft_config.layers_to_transform!r}) matches "
-                f"nothing. The recurrent mixers of this model are {_shortened(mixers)}; leave target_modules at None to "
-                "adapt all of them."
+                f"nothing. The recurrent mixers of this model are {_shortened(mixers)}; leave target_modules at None "
+                "to adapt all of them."
             )
 
     def _create_and_replace(
@@ -101,12 +101,9 @@ class S0Model(BaseTuner):
         declaration = find_mixer(type(target))
         if declaration is None:
             raise TypeError(f"S0 adapts recurrent mixers; '{current_key}' is a {type(target).__name__}.")
-        layer = getattr(target, CHILD, None)
-        if layer is None:
-            layer = S0Layer(target, declaration)
-            layer.train(target.training)
-            attach(target, layer)
-        layer.update_layer(adapter_name, peft_config, _device(target))
+        if not has_layer(target):
+            attach(target, S0Layer(target, declaration).train(target.training))
+        layer_of(target).update_layer(adapter_name, peft_config, _device(target))
 
     def inject_adapter(
         self,
@@ -140,11 +137,11 @@ class S0Model(BaseTuner):
         raise ValueError(MERGE_ERROR)
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
-        model: nn.Module = super()._unload_and_optionally_merge(merge, *args, **kwargs)
-        for module in list(model.modules()):
-            if isinstance(getattr(module, CHILD, None), S0Layer):
+        super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        for module in list(self.model.modules()):
+            if has_layer(module):
                 detach(module)
-        return model
+        return self.model
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """States are made in float32 and stay so, whatever the base model's dtype."""
@@ -169,39 +166,47 @@ class S0Model(BaseTuner):
             combination_type: only "linear".
 
         Raises:
-            ValueError: for unknown names, lists of different lengths, a name that is taken, another combination type, or
-                adapters that do not cover the same layers.
+            ValueError: for unknown names, lists of different lengths, a name that is taken, another combination type,
+                or adapters that do not cover the same layers.
         """
         if combination_type != "linear":
             raise ValueError(f"States combine by combination_type='linear' only, got {combination_type!r}.")
         if adapter_name in self.peft_config:
             raise ValueError(f"Adapter '{adapter_name}' exists already; choose another name or delete it first.")
         if len(adapters) != len(weights) or not adapters:
-            raise ValueError(f"Pass one weight for each adapter, got {len(adapters)} adapters and {len(weights)} weights.")
+            raise ValueError(
+                f"Pass one weight for each adapter, got {len(adapters)} adapters and {len(weights)} weights."
+            )
         unknown = sorted(set(adapters) - set(self.peft_config))
         if unknown:
             raise ValueError(f"Unknown adapters {unknown}; this model has {sorted(self.peft_config)}.")
-        for layer in self._layers():
+        for layer in self.layers():
             held = [name for name in adapters if name in layer.configs]
             if held and len(held) != len(adapters):
                 raise ValueError(f"The adapters {adapters} do not cover the same layers: one layer has only {held}.")
         # Effective states are summed and stored as they are, so alpha is 1 and nothing is normalised again.
-        template: S0Config = self.peft_config[adapters[0]]
-        changes = {"alpha": 1.0, "train_alpha": None, "normalize": False, "rank": None, "init_weights": True}
-        self.peft_config[adapter_name] = replace(template, **changes)
+        self.peft_config[adapter_name] = replace(
+            cast(S0Config, self.peft_config[adapters[0]]),
+            alpha=1.0,
+            train_alpha=None,
+            normalize=False,
+            rank=None,
+            init_weights=True,
+        )
         self.inject_adapter(self.model, adapter_name)
         with torch.no_grad():
-            for layer in self._layers():
+            for layer in self.layers():
                 if adapter_name in layer.configs:
                     states = [
                         weight * layer.effective_state(name) for name, weight in zip(adapters, weights, strict=True)
                     ]
-                    layer.s0_state[adapter_name].weight.copy_(torch.stack(states).sum(0))
+                    layer.state(adapter_name).weight.copy_(torch.stack(states).sum(0))
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Route each row of a batch to an adapter for one call: `adapter_names`, one for each row, `"__base__"` for the
-        base model."""
+        base model.
+        """
         names = kwargs.pop("adapter_names", None)
         if names is None:
             yield
@@ -215,7 +220,7 @@ class S0Model(BaseTuner):
             raise ValueError(
                 f"adapter_names has unknown adapters {unknown}; this model has {sorted(self.peft_config)} and '{BASE}'."
             )
-        layers, handles = list(self._layers()), []
+        layers, handles = list(self.layers()), []
         try:
             for layer in layers:
                 layer.row_adapters = list(names)
@@ -234,17 +239,20 @@ class S0Model(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: S0Config, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Map a file's names to the model's, and refuse a file that is not this adapter's before anything is written."""
-        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        """Map a file's names to the model's; refuse a file that is not this adapter's before anything is written."""
+        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
         try:
             _check_states(model, adapter_name, remapped)
         except ValueError:
             _withdraw(model, config, adapter_name)
             raise
-        config.awaits_states = False
+        vars(config).pop("awaits_states", None)
         return remapped
 
-    def _layers(self) -> Iterator[S0Layer]:
+    def layers(self) -> Iterator[S0Layer]:
+        """The tuner layers, in the order of the model."""
         return (module for module in self.model.modules() if isinstance(module, S0Layer))
 
 
@@ -260,8 +268,8 @@ def _no_mixers(model: nn.Module) -> str:
     recurrent = looks_recurrent(model)
     if recurrent:
         return (
-            f"{type(model).__name__} is recurrent, but S0 does not support its {' and '.join(recurrent)}. Supported are "
-            f"{supported}. A mixer that takes its initial state from its cache can be added with "
+            f"{type(model).__name__} is recurrent, but S0 does not support its {' and '.join(recurrent)}. Supported "
+            f"are {supported}. A mixer that takes its initial state from its cache can be added with "
             "peft_s0.register_mixer."
         )
     return (
@@ -302,13 +310,11 @@ def _check_states(model: nn.Module, adapter_name: str, state_dict: dict[str, Ten
     """Compare a file's states with what the model expects.
 
     Raises:
-        ValueError: for missing or additional layers, other shapes, dtypes that are not floating-point, or values that are
-            not finite; the message names the layer, the expected and the found.
+        ValueError: for missing or additional layers, other shapes, dtypes that are not floating-point, or values that
+            are not finite; the message names the layer, the expected and the found.
     """
     expected = {
-        name: parameter.shape
-        for name, parameter in model.named_parameters()
-        if f"{_STATE_KEY}{adapter_name}." in name
+        name: parameter.shape for name, parameter in model.named_parameters() if f"{_STATE_KEY}{adapter_name}." in name
     }
     found = {name: state for name, state in state_dict.items() if "s0_state" in name}
     missing, additional = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
@@ -335,17 +341,17 @@ def _check_states(model: nn.Module, adapter_name: str, state_dict: dict[str, Ten
             )
 
 
-def _withdraw(model: nn.Module, config: S0Config, adapter_name: str) -> None:
+def _withdraw(model: Any, config: S0Config, adapter_name: str) -> None:
     """Take an adapter away again that was made for a file which turned out not to fit.
 
     Without this, the next attempt under the same name would load onto the refused file's config. An adapter that
     already holds states stays as it is.
     """
-    if not getattr(config, "awaits_states", False):
+    if not config.awaits_states:
         return
-    mixers = [module for module in model.modules() if isinstance(getattr(module, CHILD, None), S0Layer)]
-    layers = [(mixer, mixer.s0) for mixer in mixers if adapter_name in mixer.s0.configs]
-    if not all(layer.s0_state[adapter_name].untouched for _, layer in layers):
+    layers = [(module, layer_of(module)) for module in model.modules() if has_layer(module)]
+    layers = [(mixer, layer) for mixer, layer in layers if adapter_name in layer.configs]
+    if not all(layer.state(adapter_name).untouched for _, layer in layers):
         return
     for mixer, layer in layers:
         layer.delete_adapter(adapter_name)

@@ -35,6 +35,7 @@ class Documents:
 
     @property
     def count(self) -> int:
+        """How many documents there are."""
         return self.lengths.shape[0]
 
     def unpack(self, packed: Tensor, width: int) -> Tensor:
@@ -49,7 +50,7 @@ class Documents:
         return flat.reshape(batch, -1, *flat.shape[1:])
 
     def pads(self, width: int) -> Tensor:
-        """bool [documents, width], True behind each document's last token."""
+        """Bool [documents, width], True behind each document's last token."""
         return torch.arange(width, device=self.lengths.device) >= self.lengths.unsqueeze(-1)
 
 

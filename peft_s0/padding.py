@@ -30,6 +30,7 @@ class Freeze:
     pads: Tensor
 
     def __call__(self, output: Tensor) -> Tensor:
+        """The projection's output with the gate frozen at pads."""
         return self.gate.freeze(self.mixer, output, self.pads)
 
 
@@ -111,7 +112,8 @@ def _apply_freeze(projection: nn.Module, args: Any, output: Tensor) -> Tensor | 
 
 def _projection(mixer: nn.Module, gate: Gate) -> nn.Module:
     """The innermost module of a gate's projection: adapters on top of it (LoRA) come and go, and add 0 at pads, where
-    the input is zero."""
+    the input is zero.
+    """
     module = getattr(mixer, gate.projection)
     while hasattr(module, "base_layer"):
         module = module.base_layer

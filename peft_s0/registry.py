@@ -39,8 +39,9 @@ def _add_member(name: str) -> PeftType:
     PeftType._member_map_[name] = member
     PeftType._value2member_map_[name] = member
     # Python 3.12 and later look values up in a second table, and attributes on the class itself.
-    if hasattr(PeftType, "_hashable_values_"):
-        PeftType._hashable_values_.append(name)
+    hashable_values = getattr(PeftType, "_hashable_values_", None)
+    if hashable_values is not None:
+        hashable_values.append(name)
     type.__setattr__(PeftType, name, member)
     return member
 
@@ -56,7 +57,7 @@ def register() -> None:
         register_peft_method(name=NAME.lower(), config_cls=S0Config, model_cls=S0Model)
     elif registered is not S0Config:
         warnings.warn(
-            f"PEFT already has a method '{NAME}' ({registered.__module__}.{registered.__qualname__}); peft_s0 leaves it "
-            "in place and does not register its own. Use PEFT's, or uninstall peft_s0.",
+            f"PEFT already has a method '{NAME}' ({registered.__module__}.{registered.__qualname__}); peft_s0 leaves "
+            "it in place and does not register its own. Use PEFT's, or uninstall peft_s0.",
             stacklevel=2,
         )

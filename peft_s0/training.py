@@ -27,6 +27,7 @@ class L2Penalty:
         self._version: int | None = None
 
     def __call__(self, grad: Tensor) -> Tensor | None:
+        """The gradient with the penalty's added, or None if it is in already."""
         state = self._state()
         if state is None:
             return None

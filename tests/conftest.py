@@ -57,7 +57,9 @@ class Tuned:
         """How far the states move the logits: what an error is measured against."""
         return float((self.expected(ids) - self.base(ids, use_cache=False).logits).abs().max())
 
-    def assert_equal(self, actual: Tensor, expected: Tensor, effect: float, tolerance: float = RELATIVE_TOLERANCE) -> None:
+    def assert_equal(
+        self, actual: Tensor, expected: Tensor, effect: float, tolerance: float = RELATIVE_TOLERANCE
+    ) -> None:
         """Equality to rounding, relative to the effect of the states."""
         assert effect > 0.3, f"the states move the logits by {effect} only: an error would not show"
         error = float((actual - expected).abs().max())
@@ -67,7 +69,9 @@ class Tuned:
 def states_of(model: nn.Module) -> dict[str, Tensor]:
     """The effective state of each mixer, by the mixer's name in the base model."""
     return {
-        name.removeprefix("base_model.model.").removesuffix(".s0"): layer.effective_state(layer.active_adapters[0]).detach()
+        name.removeprefix("base_model.model.").removesuffix(".s0"): layer.effective_state(
+            layer.active_adapters[0]
+        ).detach()
         for name, layer in model.named_modules()
         if isinstance(layer, S0Layer)
     }

@@ -103,9 +103,7 @@ class Mamba2(SlowMixer):
         return out * gate * torch.sigmoid(gate)
 
 
-def with_slow_mixers(
-    model: nn.Module, slow_mixer: type[SlowMixer], states: dict[str, Tensor]
-) -> nn.Module:
+def with_slow_mixers(model: nn.Module, slow_mixer: type[SlowMixer], states: dict[str, Tensor]) -> nn.Module:
     """A float64 copy of a base model in which each named mixer is its naive twin.
 
     Args:

@@ -13,7 +13,7 @@ from conftest import Tuned, tune
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, Lfm2Config, Lfm2ForCausalLM
+from transformers import Lfm2Config, Lfm2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from peft_s0 import S0Config
 from peft_s0._versions import require_transformers
@@ -31,7 +31,7 @@ def test_pure_transformer() -> None:
         vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0
     )
     model = LlamaForCausalLM(config)
-    with pytest.raises(ValueError, match="LlamaForCausalLM has no recurrent layers.*Qwen3_5GatedDeltaNet.*use LoRA"):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM has no recurrent layers.*Qwen3_5GatedDeltaNet.*use LoRA"):
         get_peft_model(model, S0Config())
     assert untouched(model)
 
@@ -47,7 +47,9 @@ def test_recurrent_model_that_is_not_supported() -> None:
         layer_types=["conv", "full_attention"],
         pad_token_id=0,
     )
-    with pytest.raises(ValueError, match="recurrent, but S0 does not support its Lfm2ShortConv. Supported are .*FalconH1"):
+    with pytest.raises(
+        ValueError, match=r"recurrent, but S0 does not support its Lfm2ShortConv. Supported are .*FalconH1"
+    ):
         get_peft_model(Lfm2ForCausalLM(config), S0Config())
 
 
@@ -65,7 +67,9 @@ def test_target_modules_inside_a_mixer(architecture: Architecture, target_module
 def test_target_modules_that_hit_nothing(architecture: Architecture) -> None:
     model = architecture.build()
     for arguments in ({"target_modules": ["nothing"]}, {"layers_to_transform": [77]}):
-        with pytest.raises(ValueError, match=r"matches nothing. The recurrent mixers of this model are model\.layers\.0"):
+        with pytest.raises(
+            ValueError, match=r"matches nothing. The recurrent mixers of this model are model\.layers\.0"
+        ):
             get_peft_model(model, S0Config(**arguments))
     assert untouched(model)
 
@@ -162,7 +166,7 @@ def test_adapter_of_another_architecture(tmp_path: Path) -> None:
     first, second = ARCHITECTURES[:2]
     tune(first).model.save_pretrained(tmp_path)
     base = second.build()
-    with pytest.raises(ValueError, match="matches nothing. The recurrent mixers of this model are"):
+    with pytest.raises(ValueError, match=r"matches nothing. The recurrent mixers of this model are"):
         PeftModel.from_pretrained(base, tmp_path)
     assert untouched(base)
 
@@ -193,7 +197,7 @@ def test_merging(tuned: Tuned) -> None:
 
 
 def test_old_transformers() -> None:
-    with pytest.raises(ImportError, match="needs transformers >= 5.21.0, found 5.20.3.*pip install"):
+    with pytest.raises(ImportError, match=r"needs transformers >= 5.21.0, found 5.20.3.*pip install"):
         require_transformers("5.20.3")
     require_transformers("5.21.0")
     require_transformers("6.0.0.dev0")
@@ -234,7 +238,7 @@ def test_a_mixer_that_raises_leaves_nothing_frozen(tuned: Tuned) -> None:
         tuned.model(ids, attention_mask=mask)
     for handle in handles:
         handle.remove()
-    assert not any(layer.freezes for layer in tuned.model.base_model._layers())
+    assert not any(layer.freezes for layer in tuned.model.base_model.layers())
     assert torch.equal(tuned.model(ids).logits, expected)
     with tuned.model.disable_adapter():
         assert torch.equal(tuned.model(ids).logits, tuned.base(ids).logits)

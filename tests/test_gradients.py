@@ -43,7 +43,8 @@ def reference_gradients(tuned: Tuned, rows: list[Tensor]) -> dict[str, Tensor]:
     sum(loss_of(slow, row[None], use_cache=False) for row in rows).backward()
     alpha = tuned.model.peft_config["default"].alpha
     return {
-        f"base_model.model.{name}.s0.s0_state.default.weight": alpha * state.grad.float() for name, state in states.items()
+        f"base_model.model.{name}.s0.s0_state.default.weight": alpha * state.grad.float()
+        for name, state in states.items()
     }
 
 
@@ -70,7 +71,8 @@ def test_packed_rows(tuned: Tuned) -> None:
     arguments = packed_arguments([9, 2, 17])
     labels = torch.where(arguments["position_ids"] > 0, ids, -100)
     assert_equal(
-        gradients(tuned, loss_of(tuned.model, ids, labels, use_cache=False, **arguments)), reference_gradients(tuned, rows)
+        gradients(tuned, loss_of(tuned.model, ids, labels, use_cache=False, **arguments)),
+        reference_gradients(tuned, rows),
     )
 
 
@@ -88,7 +90,8 @@ def test_one_token_rows(tuned: Tuned, training: bool) -> None:
     slow(ids, use_cache=False).logits.square().sum().backward()
     alpha = tuned.model.peft_config["default"].alpha
     expected = {
-        f"base_model.model.{name}.s0.s0_state.default.weight": alpha * state.grad.float() for name, state in states.items()
+        f"base_model.model.{name}.s0.s0_state.default.weight": alpha * state.grad.float()
+        for name, state in states.items()
     }
     for actual in found:
         assert_equal(actual, expected)
@@ -128,7 +131,9 @@ def test_gradient_checkpointing(architecture: Architecture, use_reentrant: bool,
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("config", [{"normalize": True}, {"rank": 2}, {"train_alpha": 1.0}, {"init_weights": True, "normalize": True}])
+@pytest.mark.parametrize(
+    "config", [{"normalize": True}, {"rank": 2}, {"train_alpha": 1.0}, {"init_weights": True, "normalize": True}]
+)
 def test_every_form_of_state_has_a_finite_gradient(architecture: Architecture, config: dict) -> None:
     tuned = tune(architecture, **config)
     tuned.model.train()

@@ -1,4 +1,4 @@
-"""The law: a token's logits depend on its own sequence, the weights and the initial states, however it reaches the model.
+"""The law: a token's logits depend on its own sequence, the weights and the initial states, however it arrives.
 
 Everything is compared with the naive twin, with random non-zero states, relative to the effect of the states.
 """
@@ -39,7 +39,11 @@ def in_chunks(model, ids: Tensor, ends: list[int], cache=None, **kwargs: Tensor)
     cache = DynamicCache(config=model.config) if cache is None else cache
     logits, start = [], 0
     for end in ends:
-        call = {"attention_mask": kwargs["mask"][:, :end], "position_ids": kwargs["positions"][:, start:end]} if kwargs else {}
+        call = (
+            {"attention_mask": kwargs["mask"][:, :end], "position_ids": kwargs["positions"][:, start:end]}
+            if kwargs
+            else {}
+        )
         logits.append(model(ids[:, start:end], past_key_values=cache, use_cache=True, **call).logits)
         start = end
     return torch.cat(logits, dim=1)
@@ -103,9 +107,7 @@ def test_pads_that_cross_a_chunk(tuned: Tuned, split: int) -> None:
     ids, mask, positions = left_pad(rows)
     logits = in_chunks(tuned.model, ids, [split, 14], mask=mask, positions=positions)
     for i, row in enumerate(rows):
-        tuned.assert_equal(
-            logits[i : i + 1, -len(row) :], tuned.expected(row[None]), tuned.effect(row[None])
-        )
+        tuned.assert_equal(logits[i : i + 1, -len(row) :], tuned.expected(row[None]), tuned.effect(row[None]))
 
 
 def test_decoding_after_a_padded_prompt(tuned: Tuned) -> None:
@@ -214,8 +216,8 @@ def test_a_packed_row_leaves_the_cache_of_its_last_document(tuned: Tuned) -> Non
     arguments = packed_arguments([9, 5])
     packed = tuned.model(torch.cat(rows)[None], use_cache=True, **arguments).past_key_values
     alone = tuned.model(rows[1][None], use_cache=True).past_key_values
-    # The first layer's alone: with a cache, transformers lets the attention of a packed row run across its documents, and
-    # what stands behind the first attention has seen that.
+    # The first layer's alone: with a cache, transformers lets the attention of a packed row run across its documents,
+    # and what stands behind the first attention has seen that.
     index = next(i for i, layer in enumerate(alone.layers) if hasattr(layer, "recurrent_states"))
     for name in ("recurrent_states", "conv_states"):
         actual, expected = (getattr(cache.layers[index], name)[0] for cache in (packed, alone))
@@ -245,7 +247,7 @@ def test_sequence_index_alone(tuned: Tuned) -> None:
 
 def test_lengths_that_do_not_add_up(tuned: Tuned) -> None:
     arguments = {**packed_arguments([6, 8]), "position_ids": None}
-    with pytest.raises(ValueError, match="14 tokens.*of 13"):
+    with pytest.raises(ValueError, match=r"14 tokens.*of 13"):
         tuned.model(tuned.ids(1, 13), **arguments)
 
 

@@ -147,7 +147,6 @@ def test_a_mixer_of_someone_elses_can_be_registered() -> None:
         assert pickle.loads(declaration) is find_mixer(_Recurrence)
     finally:
         del _MIXERS[path]
-        find_mixer.cache_clear()
     with pytest.raises(ValueError, match=f"No recurrent mixer '{path}' is registered"):
         pickle.loads(declaration)
 

@@ -12,8 +12,15 @@ import pytest
 import torch
 from architectures import Architecture
 from conftest import Tuned, tune
-from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    AutoPeftModelForCausalLM,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -102,7 +109,7 @@ with torch.no_grad():
 
 def test_states_put_in_by_hand_survive_pickle_and_deepcopy(architecture: Architecture) -> None:
     tuned = tune(architecture, init_weights=True)
-    for layer in tuned.model.base_model._layers():
+    for layer in tuned.model.base_model.layers():
         layer.s0_state["default"].weight.copy_(torch.randn_like(layer.s0_state["default"].weight))
     ids, mask = tuned.ids(2, 9), torch.ones(2, 9, dtype=torch.long)
     mask[0, :4] = 0
@@ -123,7 +130,7 @@ def test_a_copy_does_not_share_states(tuned: Tuned) -> None:
     copied = copy.deepcopy(tuned.model)
     ids = tuned.ids(2, 9)
     expected = tuned.model(ids).logits
-    for layer in copied.base_model._layers():
+    for layer in copied.base_model.layers():
         layer.s0_state["default"].weight.zero_()
     assert torch.equal(tuned.model(ids).logits, expected)
     assert torch.equal(copied(ids).logits, tuned.base(ids).logits)

@@ -45,12 +45,12 @@ def test_penalty_is_added_once_for_each_step(architecture: Architecture, backwar
     ids = pair[0].ids(2, 9)
     for to_none in (True, False):
         optimizers = [torch.optim.SGD(weights(tuned.model), lr=1e-3) for tuned in pair]
-        for tuned, optimizer in zip(pair, optimizers, strict=True):
+        for tuned in pair:
             for _ in range(backwards):
                 step_of(tuned, ids)
         for weight, found in zip(weights(pair[0].model), difference(*pair), strict=True):
             torch.testing.assert_close(found, 2 * LAMBDA * weight.detach(), atol=1e-5, rtol=1e-4)
-        for tuned, optimizer in zip(pair, optimizers, strict=True):
+        for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=to_none)
         for a, b in zip(weights(pair[0].model), weights(pair[1].model), strict=True):
@@ -86,7 +86,7 @@ def test_penalty_on_a_low_rank_state_is_that_of_the_state(architecture: Architec
     ids = pair[0].ids(2, 9)
     for tuned in pair:
         step_of(tuned, ids)
-    layers = list(pair[0].model.base_model._layers())
+    layers = list(pair[0].model.base_model.layers())
     for layer, found in zip(layers, difference(*pair), strict=True):
         state = layer.s0_state["default"]
         weight = state.weight.detach().requires_grad_()
@@ -194,8 +194,14 @@ def test_penalty_in_trainers(architecture: Architecture, tmp_path, accumulation:
             trainer = Trainer(
                 model=get_peft_model(base, config),
                 args=TrainingArguments(
-                    output_dir=str(tmp_path), use_cpu=True, report_to=[], max_grad_norm=0.0, disable_tqdm=True,
-                    save_strategy="no", lr_scheduler_type="constant", **arguments,
+                    output_dir=str(tmp_path),
+                    use_cpu=True,
+                    report_to=[],
+                    max_grad_norm=0.0,
+                    disable_tqdm=True,
+                    save_strategy="no",
+                    lr_scheduler_type="constant",
+                    **arguments,
                 ),
                 train_dataset=ids,
             )

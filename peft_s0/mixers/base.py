@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-Columns = Callable[[nn.Module], "Tensor | slice"]
+# Attributes of a mixer are read by name, and differ from class to class.
+MixerModule = Any
+Columns = Callable[[MixerModule], "Tensor | slice"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Gate:
     frozen: float = -1e4
     columns: Columns | None = None
 
-    def freeze(self, mixer: nn.Module, output: Tensor, pads: Tensor) -> Tensor:
+    def freeze(self, mixer: MixerModule, output: Tensor, pads: Tensor) -> Tensor:
         """Freeze the state at pads.
 
         Args:
@@ -49,10 +50,10 @@ class Gate:
             where = where & chosen
         return output.masked_fill(where, self.frozen)
 
-    def engage(self, mixer: nn.Module) -> None:
+    def engage(self, mixer: MixerModule) -> None:
         """Called before a mixer call in which this gate freezes pads."""
 
-    def release(self, mixer: nn.Module) -> None:
+    def release(self, mixer: MixerModule) -> None:
         """Called after it, also if it raised."""
 
 
@@ -86,7 +87,7 @@ class Mixer:
 
     path: str
     family: Family
-    state_shape: Callable[[nn.Module], tuple[int, ...]]
+    state_shape: Callable[[MixerModule], tuple[int, ...]]
     gates: tuple[Gate, ...]
     cache_argument: str = "cache_params"
 
@@ -108,7 +109,6 @@ def register_mixer(mixer: Mixer) -> Mixer:
         The declaration.
     """
     _MIXERS[mixer.path] = mixer
-    find_mixer.cache_clear()
     return mixer
 
 
@@ -117,8 +117,7 @@ def registered_mixers() -> tuple[Mixer, ...]:
     return tuple(_MIXERS.values())
 
 
-@functools.cache
-def find_mixer(module_class: type[nn.Module]) -> Mixer | None:
+def find_mixer(module_class: type) -> Mixer | None:
     """The declaration for a module's class or the nearest of its bases, None if there is none."""
     for base in module_class.__mro__:
         mixer = _MIXERS.get(f"{base.__module__}.{base.__qualname__}")
@@ -127,8 +126,7 @@ def find_mixer(module_class: type[nn.Module]) -> Mixer | None:
     return None
 
 
-@functools.cache
-def parameter_names(module_class: type[nn.Module]) -> tuple[str, ...]:
+def parameter_names(module_class: Any) -> tuple[str, ...]:
     """Names of the arguments of a class's forward, without self."""
     return tuple(inspect.signature(module_class.forward).parameters)[1:]
 

@@ -6,14 +6,12 @@ b_t = sigmoid(logit): at a large negative logit a_t is exactly 1 and b_t exactly
 
 from __future__ import annotations
 
-from torch import nn
-
-from .base import Family, Gate, Mixer, register_mixer
+from .base import Family, Gate, Mixer, MixerModule, register_mixer
 
 FAMILY = Family("gated delta rule", alpha=0.07)
 
 
-def _state_shape(mixer: nn.Module) -> tuple[int, ...]:
+def _state_shape(mixer: MixerModule) -> tuple[int, ...]:
     return (mixer.num_v_heads, mixer.head_k_dim, mixer.head_v_dim)
 
 

@@ -1,8 +1,8 @@
 """Mamba-2: S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T, y_t = S_t C_t + D x_t (arXiv 2405.21060).
 
-The state is kept as [heads, head dimension, state dimension]. dt_t = softplus(logit + bias), and the logits are the last
-`num_heads` columns of the input projection: at a large negative logit dt_t is exactly 0, so nothing decays and nothing
-is written.
+The state is kept as [heads, head dimension, state dimension]. dt_t = softplus(logit + bias), and the logits are the
+last `num_heads` columns of the input projection: at a large negative logit dt_t is exactly 0, so nothing decays and
+nothing is written.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .base import Family, Gate, Mixer, register_mixer
+from .base import Family, Gate, Mixer, MixerModule, register_mixer
 
 FAMILY = Family("Mamba-2", alpha=0.65)
 
 
-def _state_shape(mixer: nn.Module) -> tuple[int, ...]:
+def _state_shape(mixer: MixerModule) -> tuple[int, ...]:
     return (mixer.num_heads, mixer.head_dim, mixer.ssm_state_size)
 
 
@@ -26,17 +26,18 @@ def _state_shape(mixer: nn.Module) -> tuple[int, ...]:
 class TimeStepGate(Gate):
     """The time step's logits: the last `num_heads` columns of `in_proj`.
 
-    Some mixers clamp dt from below (`time_step_limit`), also at pads, where it would let the state decay. While pads are
-    frozen the lower limit is therefore taken off, and the real tokens' logits are clamped instead, to the same dt.
+    Some mixers clamp dt from below (`time_step_limit`), also at pads, where it would let the state decay. While pads
+    are frozen the lower limit is therefore taken off, and the real tokens' logits are clamped instead, to the same dt.
 
     Args:
         scale: from a mixer to the factor [num_heads] between the projection's output and the logit; None: 1.
     """
 
     projection: str = "in_proj"
-    scale: Callable[[nn.Module], Tensor] | None = None
+    scale: Callable[[MixerModule], Tensor] | None = None
 
-    def freeze(self, mixer: nn.Module, output: Tensor, pads: Tensor) -> Tensor:
+    def freeze(self, mixer: MixerModule, output: Tensor, pads: Tensor) -> Tensor:
+        """See `Gate.freeze`; also applies the lower limit to the other positions."""
         heads = mixer.num_heads
         logits = output[..., -heads:]
         limit = mixer.__dict__.get("s0_time_step_limit")
@@ -50,13 +51,15 @@ class TimeStepGate(Gate):
         logits = logits.masked_fill(pads.unsqueeze(-1), self.frozen)
         return torch.cat([output[..., :-heads], logits], dim=-1)
 
-    def engage(self, mixer: nn.Module) -> None:
+    def engage(self, mixer: MixerModule) -> None:
+        """Take the lower limit off, and keep it for `freeze`."""
         low, high = mixer.time_step_limit
         if low > 0:
             mixer.s0_time_step_limit = (low, high)
             mixer.time_step_limit = (0.0, high)
 
-    def release(self, mixer: nn.Module) -> None:
+    def release(self, mixer: MixerModule) -> None:
+        """Put the lower limit back."""
         limit = mixer.__dict__.pop("s0_time_step_limit", None)
         if limit is not None:
             mixer.time_step_limit = limit

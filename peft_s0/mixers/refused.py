@@ -7,7 +7,9 @@ import re
 from torch import nn
 
 # Class names of recurrent mixers follow the names of their recurrences.
-_RECURRENT = re.compile(r"mamba|deltanet|deltaattention|linearattention|lightningattention|rwkv|rglru|lstm|shortconv", re.I)
+_RECURRENT = re.compile(
+    r"mamba|deltanet|deltaattention|linearattention|lightningattention|rwkv|rglru|lstm|shortconv", re.I
+)
 _PARTS = re.compile(r"norm|rotary|cache|model|forcausallm|layer$|block$|config", re.I)
 
 
