@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .config import S0Config
-from .mixers import Mixer
+from .mixers import Call, Mixer
 from .training import penalize
 
 BASE = "__base__"
@@ -108,8 +108,8 @@ class S0Layer(nn.Module, BaseTunerLayer):
         self.row_adapters: list[str] | None = None
         self._active_adapter: list[str] = []
         self.handles: list[RemovableHandle] = []
-        # Whether the mixer's gates are frozen in the call that is running.
-        self.freezes = False
+        # The mixer's call that is running, if S0 has something to do in it.
+        self.call: Call | None = None
 
     def update_layer(self, adapter_name: str, config: S0Config, device: torch.device | None) -> None:
         """Add an adapter.

@@ -5,10 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..taps import clear, on_output
+from .views import SequenceStart
 
 # Attributes of a mixer are read by name, and differ from class to class.
 MixerModule = Any
@@ -32,18 +36,18 @@ class Gate:
     frozen: float = -1e4
     columns: Columns | None = None
 
-    def freeze(self, mixer: MixerModule, output: Tensor, pads: Tensor) -> Tensor:
+    def freeze(self, mixer: MixerModule, pads: Tensor, output: Tensor) -> Tensor:
         """Freeze the state at pads.
 
         Args:
             mixer: the mixer that holds the projection.
-            output: the projection's output [batch, tokens, features].
             pads: bool [batch, tokens], True where the state must stay as it is.
+            output: the projection's output [batch, tokens, ...].
 
         Returns:
             The output with this gate's columns replaced at pads.
         """
-        where = pads.unsqueeze(-1)
+        where = pads.reshape(*pads.shape, *[1] * (output.ndim - 2))
         if self.columns is not None:
             chosen = torch.zeros(output.shape[-1], dtype=torch.bool, device=output.device)
             chosen[self.columns(mixer)] = True
@@ -70,12 +74,33 @@ class Family:
     alpha: float
 
 
+@dataclass
+class Call:
+    """One call of a mixer in which S0 has something to do.
+
+    Args:
+        cache: the real cache, or None.
+        states: float32 [rows, heads, ...], what each row starts from; None when the call continues a sequence.
+        held: bool [rows or 1, tokens], positions at which the state must stay as it is; None: nowhere.
+        kept: the rows whose end the cache keeps; None: the call's own rows, whole.
+        tokens: how many tokens of the kept rows are real; None: all.
+        restore: brings the mixer's output back to the rows and tokens that it was called with; None: they are the same.
+    """
+
+    cache: Any
+    states: Tensor | None
+    held: Tensor | None
+    kept: slice | None = None
+    tokens: int | None = None
+    restore: Callable[[Tensor], Tensor] | None = None
+
+
 @dataclass(frozen=True)
 class Mixer:
     """Declaration of a recurrent mixer that takes its initial state from its cache.
 
     The class must ask its cache for `get_conv_state(layer_idx, state_idx=0)` and `get_recurrent_state(layer_idx)` and
-    hand the latter to its recurrence, and must have an attribute `layer_idx`.
+    hand the latter to its recurrence, and must have an attribute `layer_idx`. Mixers of another kind have a subclass.
 
     Args:
         path: module and name of the class, as in "transformers.models.mamba2.modeling_mamba2.Mamba2Mixer".
@@ -88,8 +113,41 @@ class Mixer:
     path: str
     family: Family
     state_shape: Callable[[MixerModule], tuple[int, ...]]
-    gates: tuple[Gate, ...]
+    gates: tuple[Gate, ...] = ()
     cache_argument: str = "cache_params"
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Attributes of the mixer that are tapped."""
+        return tuple(gate.projection for gate in self.gates)
+
+    def has_past(self, mixer: MixerModule, cache: Any) -> bool:
+        """Whether a cache already holds a state of this mixer, so that a call continues a sequence."""
+        # Not has_previous_state, which never becomes true of layers that keep several states.
+        return cache is not None and cache.get_conv_state(mixer.layer_idx, state_idx=0) is not None
+
+    def enter(self, mixer: MixerModule, call: Call) -> Any:
+        """Prepare a mixer for a call.
+
+        Returns:
+            What the mixer is to be called with in place of its cache; the cache itself when the call continues.
+        """
+        if call.held is not None:
+            for gate in self.gates:
+                gate.engage(mixer)
+                on_output(mixer, gate.projection, partial(gate.freeze, mixer, call.held))
+        return call.cache if call.states is None else self.start(call)
+
+    def start(self, call: Call) -> SequenceStart:
+        """The view of the cache at the start of a sequence."""
+        return SequenceStart(call.cache, call.states, call.kept, call.tokens)
+
+    def leave(self, mixer: MixerModule, call: Call) -> None:
+        """Undo `enter`, also after a mixer that raised."""
+        if call.held is not None:
+            for gate in self.gates:
+                gate.release(mixer)
+        clear(mixer, self.parts)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Declarations hold functions that pickle cannot carry, and are the same in every process.

@@ -1,7 +1,11 @@
-"""Gated delta rule: S_t = a_t S_{t-1} (I - b_t k_t k_t^T) + b_t v_t k_t^T, o_t = S_t q_t (arXiv 2412.06464).
+"""Gated delta rule: S_t = S_{t-1} diag(a_t) (I - b_t k_t k_t^T) + b_t v_t k_t^T, o_t = S_t q_t.
 
-The state is kept as [heads, key dimension, value dimension]. a_t = exp(-exp(A) softplus(logit + bias)) and
-b_t = sigmoid(logit): at a large negative logit a_t is exactly 1 and b_t exactly 0.
+Gated DeltaNet (arXiv 2412.06464) has one decay a_t for each head, Kimi Delta Attention (arXiv 2510.26692) one for each
+key channel. The state is kept as [heads, key dimension, value dimension].
+
+a_t = exp(-exp(A) softplus(logit + bias)) and b_t = sigmoid(logit): at a large negative logit a_t is exactly 1 and b_t
+exactly 0. Both are frozen at pads, for the keys and values there are not zero: the convolution in front of them reaches
+back to real tokens.
 """
 
 from __future__ import annotations
@@ -11,15 +15,37 @@ from .base import Family, Gate, Mixer, MixerModule, register_mixer
 FAMILY = Family("gated delta rule", alpha=0.07)
 
 
-def _state_shape(mixer: MixerModule) -> tuple[int, ...]:
-    return (mixer.num_v_heads, mixer.head_k_dim, mixer.head_v_dim)
-
-
-register_mixer(
-    Mixer(
-        path="transformers.models.qwen3_5.modeling_qwen3_5.Qwen3_5GatedDeltaNet",
-        family=FAMILY,
-        state_shape=_state_shape,
-        gates=(Gate("in_proj_a"), Gate("in_proj_b")),
+def _gated_delta_net(path: str, *projections: str) -> None:
+    register_mixer(
+        Mixer(
+            path=f"transformers.models.{path}",
+            family=FAMILY,
+            state_shape=lambda mixer: (mixer.num_v_heads, mixer.head_k_dim, mixer.head_v_dim),
+            gates=tuple(Gate(projection) for projection in projections),
+        )
     )
-)
+
+
+def _kimi_delta_attention(path: str) -> None:
+    def state_shape(mixer: MixerModule) -> tuple[int, ...]:
+        return (mixer.num_heads, mixer.head_dim, mixer.head_dim)
+
+    register_mixer(
+        Mixer(
+            path=f"transformers.models.{path}",
+            family=FAMILY,
+            state_shape=state_shape,
+            # The forget gate's output is the logarithm of the decay itself.
+            gates=(Gate("forget_gate", frozen=0.0), Gate("b_proj")),
+        )
+    )
+
+
+_gated_delta_net("qwen3_next.modeling_qwen3_next.Qwen3NextGatedDeltaNet", "in_proj_ba")
+_gated_delta_net("qwen3_5.modeling_qwen3_5.Qwen3_5GatedDeltaNet", "in_proj_a", "in_proj_b")
+_gated_delta_net("qwen3_5_moe.modeling_qwen3_5_moe.Qwen3_5MoeGatedDeltaNet", "in_proj_a", "in_proj_b")
+_gated_delta_net("qwen4_exp.modeling_qwen4_exp.Qwen4ExpTextGatedDeltaNet", "in_proj_a", "in_proj_b")
+_gated_delta_net("olmo_hybrid.modeling_olmo_hybrid.OlmoHybridGatedDeltaNet", "a_proj", "b_proj")
+_kimi_delta_attention("kimi_linear.modeling_kimi_linear.KimiLinearDeltaAttention")
+_kimi_delta_attention("bailing_hybrid.modeling_bailing_hybrid.BailingHybridDeltaAttention")
+_kimi_delta_attention("glm5_next.modeling_glm5_next.Glm5NextTextLinearAttention")

@@ -18,10 +18,6 @@ from .base import Family, Gate, Mixer, MixerModule, register_mixer
 FAMILY = Family("Mamba-2", alpha=0.65)
 
 
-def _state_shape(mixer: MixerModule) -> tuple[int, ...]:
-    return (mixer.num_heads, mixer.head_dim, mixer.ssm_state_size)
-
-
 @dataclass(frozen=True)
 class TimeStepGate(Gate):
     """The time step's logits: the last `num_heads` columns of `in_proj`.
@@ -36,7 +32,7 @@ class TimeStepGate(Gate):
     projection: str = "in_proj"
     scale: Callable[[MixerModule], Tensor] | None = None
 
-    def freeze(self, mixer: MixerModule, output: Tensor, pads: Tensor) -> Tensor:
+    def freeze(self, mixer: MixerModule, pads: Tensor, output: Tensor) -> Tensor:
         """See `Gate.freeze`; also applies the lower limit to the other positions."""
         heads = mixer.num_heads
         logits = output[..., -heads:]
@@ -65,11 +61,23 @@ class TimeStepGate(Gate):
             mixer.time_step_limit = limit
 
 
-register_mixer(
-    Mixer(
-        path="transformers.models.falcon_h1.modeling_falcon_h1.FalconH1Mixer",
-        family=FAMILY,
-        state_shape=_state_shape,
-        gates=(TimeStepGate(scale=lambda mixer: mixer.mup_vector[..., -mixer.num_heads :]),),
+def _mamba2(path: str, gate: TimeStepGate | None = None) -> None:
+    register_mixer(
+        Mixer(
+            path=f"transformers.models.{path}",
+            family=FAMILY,
+            state_shape=lambda mixer: (mixer.num_heads, mixer.head_dim, mixer.ssm_state_size),
+            gates=(gate or TimeStepGate(),),
+        )
     )
+
+
+_mamba2("mamba2.modeling_mamba2.Mamba2Mixer")
+_mamba2("bamba.modeling_bamba.BambaMixer")
+_mamba2(
+    "falcon_h1.modeling_falcon_h1.FalconH1Mixer",
+    TimeStepGate(scale=lambda mixer: mixer.mup_vector[..., -mixer.num_heads :]),
 )
+_mamba2("granitemoehybrid.modeling_granitemoehybrid.GraniteMoeHybridMambaLayer")
+_mamba2("nemotron_h.modeling_nemotron_h.NemotronHMamba2Mixer")
+_mamba2("zamba2.modeling_zamba2.Zamba2MambaMixer")

@@ -1,0 +1,54 @@
+"""What a mixer sees in place of its cache at the start of a sequence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+
+class SequenceStart:
+    """A view of a transformers cache with no past, but a state to start from.
+
+    What the mixer stores goes to the real cache, if there is one.
+
+    Args:
+        cache: the real cache, or None.
+        states: float32 [rows, heads, ...], what each row starts from; None for a mixer that is to start from zero.
+        kept: the rows whose end the real cache keeps; None: the call's own rows, whole.
+        tokens: how many tokens of the kept rows are real; None: all.
+    """
+
+    def __init__(self, cache: Any, states: Tensor | None, kept: slice | None = None, tokens: int | None = None) -> None:
+        self.cache = cache
+        self.states = states
+        self.kept = kept
+        self.tokens = tokens
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
+        """There are no tokens before the first."""
+        return
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """The states to start from."""
+        return self.states
+
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, **kwargs: Any) -> Tensor:
+        """Store the convolution's input [rows, channels, tokens]; returns what the convolution is to see."""
+        if self.cache is None:
+            return conv_states
+        if self.kept is None:
+            return self.cache.update_conv_state(conv_states, layer_idx, **kwargs)
+        self.cache.update_conv_state(conv_states[self.kept, :, : self.tokens], layer_idx, **kwargs)
+        return conv_states
+
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, **kwargs: Any) -> Tensor:
+        """Store the final states [rows, heads, ...]."""
+        if self.cache is None:
+            return recurrent_states
+        kept = recurrent_states if self.kept is None else recurrent_states[self.kept]
+        return self.cache.update_recurrent_state(kept, layer_idx, **kwargs)
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        """Whether the real cache keeps its past to be rolled back."""
+        return self.cache is not None and self.cache.is_recording_past(layer_idx)

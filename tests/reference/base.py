@@ -1,0 +1,60 @@
+"""The naive twins: each recurrence written one token at a time, with an initial state, and nothing else.
+
+A twin takes a mixer's weights and stands in its place in a copy of the model. It knows no cache, no chunks, no pads and
+no packing, and shares no code with the kernels or with peft_s0. Everything is computed in float64.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class SlowMixer(nn.Module):
+    """A recurrent mixer as its formula.
+
+    Args:
+        mixer: the mixer whose weights it uses.
+        state: [heads, ...], what every sequence starts from.
+    """
+
+    def __init__(self, mixer: nn.Module, state: Tensor) -> None:
+        super().__init__()
+        self.mixer = mixer
+        self.state = state
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        state = self.state.double().expand(hidden_states.shape[0], *self.state.shape)
+        return self.recur(hidden_states.double(), state)
+
+    def recur(self, x: Tensor, state: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def convolve(self, x: Tensor) -> Tensor:
+        """Causal depthwise convolution and SiLU of [batch, tokens, channels]."""
+        weight = self.mixer.conv1d.weight.squeeze(1)
+        width = weight.shape[-1]
+        padded = F.pad(x, (0, 0, width - 1, 0))
+        out = sum(padded[:, i : i + x.shape[1]] * weight[:, i] for i in range(width))
+        if self.mixer.conv1d.bias is not None:
+            out = out + self.mixer.conv1d.bias
+        return out * torch.sigmoid(out)
+
+
+def with_slow_mixers(model: nn.Module, slow_mixer: type[SlowMixer], states: dict[str, Tensor]) -> nn.Module:
+    """A float64 copy of a base model in which each named mixer is its naive twin.
+
+    Args:
+        model: the base model.
+        slow_mixer: the twin's class.
+        states: initial state of each mixer, by the mixer's name in the model.
+    """
+    slow = copy.deepcopy(model).double()
+    for name, state in states.items():
+        parent, _, child = name.rpartition(".")
+        setattr(slow.get_submodule(parent), child, slow_mixer(slow.get_submodule(name), state))
+    return slow
