@@ -7,6 +7,7 @@ that already holds a state of this layer the mixer is called untouched: decoding
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, cast
 
@@ -17,9 +18,10 @@ from torch.nn.functional import pad
 from . import padding, taps
 from .layer import S0Layer
 from .mixers import Call, parameter_names
-from .packing import PACKING_ARGUMENTS, find_documents
+from .packing import PACKING_ARGUMENTS, find_boundaries, find_documents
 
 CHILD = "s0"
+_WATCH = "s0_positions"
 
 
 def layer_of(mixer: nn.Module) -> S0Layer:
@@ -50,6 +52,54 @@ def detach(mixer: nn.Module) -> None:
         handle.remove()
     taps.uninstall(mixer, layer.declaration.parts)
     delattr(mixer, CHILD)
+
+
+def watch_positions(model: nn.Module) -> None:
+    """Hook the backbones above tuned mixers, so that rows packed by their positions alone are seen.
+
+    Positions do not reach a mixer. They reach the module that calls the decoder layers, and arguments added there reach
+    every mixer, also when gradient checkpointing runs a layer again.
+    """
+    for backbone in _backbones(model):
+        if _WATCH not in vars(backbone):
+            setattr(backbone, _WATCH, backbone.register_forward_pre_hook(_before_backbone, with_kwargs=True))
+
+
+def unwatch_positions(model: nn.Module) -> None:
+    """Undo `watch_positions` where no tuned mixer is left."""
+    used = set(_backbones(model))
+    for module in model.modules():
+        if _WATCH in vars(module) and module not in used:
+            vars(module).pop(_WATCH).remove()
+
+
+def _backbones(model: nn.Module) -> Iterator[nn.Module]:
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        while has_layer(module) and name:
+            name = name.rpartition(".")[0]
+            if {"position_ids", "inputs_embeds"} <= set(parameter_names(type(modules[name]))):
+                yield modules[name]
+                break
+
+
+def _before_backbone(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    arguments = {**dict(zip(parameter_names(type(backbone)), args, strict=False)), **kwargs}
+    positions, cache = arguments.get("position_ids"), arguments.get("past_key_values")
+    if positions is None or positions.shape[-1] == 1 or torch.compiler.is_compiling():
+        return None
+    if arguments.get("attention_mask") is not None or any(name in kwargs for name in PACKING_ARGUMENTS):
+        return None
+    if positions.ndim == 3 and positions.shape[0] == 4:
+        # Text positions stand in front of those of time, height and width.
+        positions = positions[0]
+    layers = [layer for layer in backbone.modules() if isinstance(layer, S0Layer)]
+    if positions.ndim != 2 or not any(layer.participates for layer in layers):
+        return None
+    if cache is not None and cache.get_seq_length() > 0:
+        return None
+    found = find_boundaries(positions)
+    return None if found is None else (args, {**kwargs, **found})
 
 
 def _before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

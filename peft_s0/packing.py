@@ -22,40 +22,44 @@ class Documents:
     """Where each token of a batch of packed rows belongs.
 
     Args:
-        document: long [batch * tokens], index of each token's document.
+        row: long [batch * tokens], the row that each token's document becomes.
         position: long [batch * tokens], its place in that document.
-        lengths: long [documents].
+        lengths: long [rows], length of each row's document.
         longest: length of the longest document.
     """
 
-    document: Tensor
+    row: Tensor
     position: Tensor
     lengths: Tensor
     longest: int
 
     @property
     def count(self) -> int:
-        """How many documents there are."""
+        """How many rows there are."""
         return self.lengths.shape[0]
 
     def unpack(self, packed: Tensor, width: int) -> Tensor:
-        """[batch, tokens, ...] -> [documents, width, ...], zeros behind each document."""
+        """[batch, tokens, ...] -> [rows, width, ...], zeros behind each document."""
         flat = packed.reshape(-1, *packed.shape[2:])
         rows = flat.new_zeros(self.count, width, *flat.shape[1:])
-        return rows.index_put((self.document, self.position), flat)
+        own = slice(0, int(self.lengths.sum()))
+        return rows.index_put((self.row[own], self.position[own]), flat[own])
 
     def pack(self, rows: Tensor, batch: int) -> Tensor:
-        """[documents, width, ...] -> [batch, tokens, ...]."""
-        flat = rows[self.document, self.position]
+        """[rows, width, ...] -> [batch, tokens, ...]."""
+        flat = rows[self.row, self.position]
         return flat.reshape(batch, -1, *flat.shape[1:])
 
     def pads(self, width: int) -> Tensor:
-        """Bool [documents, width], True behind each document's last token."""
+        """Bool [rows, width], True behind each document's last token."""
         return torch.arange(width, device=self.lengths.device) >= self.lengths.unsqueeze(-1)
 
 
 def find_documents(kwargs: dict[str, Any], hidden_states: Tensor) -> Documents | None:
     """The documents of packed rows, from the arguments of a mixer's call.
+
+    Collators that fill a packed row up to a round length make each pad a document of its own. Being the same, they are
+    run once: documents of one token at the end of a row that all have the same hidden state share a row.
 
     Args:
         kwargs: the call's keyword arguments: `cu_seq_lens_q` (int [documents + 1], cumulative lengths of the one row's
@@ -69,24 +73,67 @@ def find_documents(kwargs: dict[str, Any], hidden_states: Tensor) -> Documents |
         ValueError: if the lengths do not add up to the row.
     """
     batch, tokens = hidden_states.shape[:2]
-    device = hidden_states.device
+    boundaries = _boundaries(kwargs, hidden_states)
+    if boundaries is None:
+        return None
+    lengths = boundaries.diff()
+    order = torch.arange(batch * tokens, device=hidden_states.device)
+    row = torch.searchsorted(boundaries, order, right=True) - 1
+    position = order - boundaries[row]
+    same = _same_at_the_end(lengths, hidden_states)
+    if same > 1:
+        lengths = lengths[: lengths.shape[0] - same + 1]
+        row = row.clamp(max=lengths.shape[0] - 1)
+    return Documents(row, position, lengths, int(lengths.max()))
+
+
+def find_boundaries(position_ids: Tensor) -> dict[str, Tensor] | None:
+    """What says that rows are packed, from their positions alone: a document begins where they do not go up by one.
+
+    Args:
+        position_ids: int [batch, tokens].
+
+    Returns:
+        `seq_idx`, int32 [batch, tokens], and for a single row `cu_seq_lens_q`, int32 [documents + 1]; None if every row
+        is one document.
+    """
+    starts = torch.ones_like(position_ids, dtype=torch.bool)
+    starts[:, 1:] = position_ids.diff(dim=1) != 1
+    if not bool(starts[:, 1:].any()):
+        return None
+    found = {"seq_idx": starts.cumsum(1, dtype=torch.int32) - 1}
+    if position_ids.shape[0] == 1:
+        first = starts[0].nonzero().flatten()
+        found["cu_seq_lens_q"] = torch.cat([first, first.new_tensor([position_ids.shape[1]])]).int()
+    return found
+
+
+def _boundaries(kwargs: dict[str, Any], hidden_states: Tensor) -> Tensor | None:
+    """Where documents begin in the flattened batch, and its end: long [documents + 1]."""
+    batch, tokens = hidden_states.shape[:2]
     boundaries, index = kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx")
     if boundaries is not None:
-        boundaries = boundaries.to(device=device, dtype=torch.long)
-        lengths = boundaries.diff()
+        boundaries = boundaries.to(device=hidden_states.device, dtype=torch.long)
         if batch != 1 or int(boundaries[-1]) != tokens:
             raise ValueError(
                 f"cu_seq_lens_q describes one packed row of {int(boundaries[-1])} tokens, but the hidden states have "
                 f"{batch} row(s) of {tokens}. Pass one row, with cumulative lengths that end at its length."
             )
-    elif index is not None:
-        starts = torch.ones(batch, tokens, dtype=torch.bool, device=device)
-        starts[:, 1:] = index[:, 1:] != index[:, :-1]
-        first = starts.flatten().nonzero().flatten()
-        boundaries = torch.cat([first, first.new_tensor([batch * tokens])])
-        lengths = boundaries.diff()
-    else:
+        return boundaries
+    if index is None:
         return None
-    order = torch.arange(batch * tokens, device=device)
-    document = torch.searchsorted(boundaries, order, right=True) - 1
-    return Documents(document, order - boundaries[document], lengths, int(lengths.max()))
+    starts = torch.ones(batch, tokens, dtype=torch.bool, device=hidden_states.device)
+    starts[:, 1:] = index[:, 1:] != index[:, :-1]
+    first = starts.flatten().nonzero().flatten()
+    return torch.cat([first, first.new_tensor([batch * tokens])])
+
+
+def _same_at_the_end(lengths: Tensor, hidden_states: Tensor) -> int:
+    """How many documents of one token with the same hidden state stand at the end."""
+    longer = (lengths != 1).nonzero()
+    single = lengths.shape[0] - (int(longer[-1]) + 1 if len(longer) else 0)
+    if single < 2:
+        return single
+    ends = hidden_states.detach().reshape(-1, hidden_states.shape[-1])[-single:]
+    different = (ends != ends[-1]).any(dim=1).nonzero()
+    return single - (int(different[-1]) + 1 if len(different) else 0)

@@ -9,7 +9,7 @@ import copy
 
 import pytest
 import torch
-from architectures import ARCHITECTURES
+from architectures import ARCHITECTURES, mixers
 from conftest import Tuned, tune
 from hypothesis import given
 from hypothesis import strategies as st
@@ -243,6 +243,52 @@ def test_sequence_index_alone(tuned: Tuned) -> None:
     arguments = {name: arguments[name] for name in ("position_ids", "seq_idx")}
     logits = tuned.model(torch.cat(rows)[None], use_cache=False, **arguments).logits
     tuned.assert_equal(logits[:, 6:], tuned.expected(rows[1][None]), tuned.effect(rows[1][None]))
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_positions_alone(tuned: Tuned, use_cache: bool) -> None:
+    """What DataCollatorWithFlattening passes: nothing says where a document ends but positions that begin again."""
+    rows = [tuned.ids(1, 6)[0], tuned.ids(1, 8, seed=1)[0]]
+    positions = packed_arguments([6, 8])["position_ids"]
+    logits = tuned.model(torch.cat(rows)[None], position_ids=positions, use_cache=use_cache).logits
+    if not use_cache:
+        # With a cache transformers lets attention run across the documents, of the base model, too.
+        tuned.assert_equal(logits[:, 6:], tuned.expected(rows[1][None]), tuned.effect(rows[1][None]))
+    tuned.assert_equal(logits[:, :6], tuned.expected(rows[0][None]), tuned.effect(rows[0][None]))
+
+
+def test_positions_that_only_start_later(tuned: Tuned) -> None:
+    """One document whose positions do not begin at zero is one document."""
+    ids = tuned.ids(2, 9)
+    positions = torch.arange(5, 14).expand(2, -1)
+    tuned.assert_equal(tuned.model(ids, position_ids=positions).logits, tuned.expected(ids), tuned.effect(ids), 3e-5)
+
+
+def test_several_packed_rows(tuned: Tuned) -> None:
+    rows = [tuned.ids(1, length, seed=length)[0] for length in (6, 8, 9, 5)]
+    ids = torch.cat(rows).view(2, 14)
+    positions = torch.cat([torch.arange(len(row)) for row in rows]).view(2, 14)
+    logits = tuned.model(ids, position_ids=positions, use_cache=False).logits.view(1, 28, -1)
+    for row, actual in zip(rows, logits.split([len(row) for row in rows], dim=1), strict=True):
+        tuned.assert_equal(actual, tuned.expected(row[None]), tuned.effect(row[None]))
+
+
+@pytest.mark.parametrize("pads", [1, 2, 7])
+def test_packed_row_filled_up_with_pads(tuned: Tuned, pads: int) -> None:
+    """Each pad is a document of its own then; they share one row."""
+    rows = [tuned.ids(1, 6)[0], tuned.ids(1, 8, seed=1)[0], *[torch.zeros(1, dtype=torch.long)] * pads]
+    lengths = [len(row) for row in rows]
+    counts = []
+    handles = [
+        mixer.out_proj.register_forward_pre_hook(lambda module, args: counts.append(args[0].shape[0]))
+        for mixer in mixers(tuned.model)
+    ]
+    logits = tuned.model(torch.cat(rows)[None], use_cache=False, **packed_arguments(lengths)).logits
+    for handle in handles:
+        handle.remove()
+    assert set(counts) == {3}
+    for row, actual in zip(rows, logits.split(lengths, dim=1), strict=True):
+        tuned.assert_equal(actual, tuned.expected(row[None]), tuned.effect(rows[0][None]))
 
 
 def test_lengths_that_do_not_add_up(tuned: Tuned) -> None:
