@@ -8,8 +8,9 @@ from typing import Any
 
 import reference
 import torch
+import transformers
 from torch import nn
-from transformers import FalconH1Config, FalconH1ForCausalLM, PreTrainedModel, Qwen3_5ForCausalLM, Qwen3_5TextConfig
+from transformers import PreTrainedModel
 
 from peft_s0.mixers import find_mixer
 
@@ -29,6 +30,32 @@ GATED_DELTA_NET: dict[str, Any] = {
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 8,
 }
+# All experts are chosen: a routing decision that flips at rounding is not what the law is about.
+EXPERTS: dict[str, Any] = {
+    "num_experts": 4,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
+LATENT_ATTENTION: dict[str, Any] = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+    "moe_intermediate_size": 32,
+    "linear_num_heads": 4,
+    "linear_head_dim": 16,
+}
+MAMBA: dict[str, Any] = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 32,
+    "mamba_d_state": 16,
+    "mamba_chunk_size": 16,
+}
 
 
 @dataclass(frozen=True)
@@ -40,14 +67,22 @@ class Architecture:
         model_class: the model with a language-modelling head.
         config: makes a tiny config.
         slow_mixer: the naive twin of its mixer.
+        alpha: default scale of a state.
+        targets: what `target_modules=None` becomes.
+        states: how many recurrent layers the tiny model has.
         gain: factor on the mixers' output projections, so that the mixers reach the logits and an error would show.
+        lacks: what the base model itself cannot do, by the name of the law, with the reason.
     """
 
     name: str
     model_class: type[PreTrainedModel]
     config: Callable[[], Any]
     slow_mixer: type[reference.SlowMixer]
+    alpha: float
+    targets: frozenset[str]
+    states: int
     gain: float = 1.0
+    lacks: tuple[tuple[str, str], ...] = ()
 
     def build(self, seed: int = 0) -> PreTrainedModel:
         """A random model in eval mode whose mixers remember: at transformers' own initialisation tiny models forget
@@ -56,10 +91,12 @@ class Architecture:
         model = self.model_class(self.config()).eval()
         with torch.no_grad():
             for mixer in mixers(model):
-                time_step = torch.empty_like(mixer.dt_bias).uniform_(0.01, 0.1)
-                mixer.dt_bias.copy_(time_step.expm1().log())
-                mixer.A_log.uniform_(-0.7, 0.7)
-                mixer.out_proj.weight.mul_(self.gain)
+                for part in mixer.modules():
+                    if hasattr(part, "dt_bias"):
+                        time_step = torch.empty_like(part.dt_bias).uniform_(0.01, 0.1)
+                        part.dt_bias.copy_(time_step.expm1().log())
+                        part.A_log.uniform_(-0.7, 0.7)
+                output_projection(mixer).weight.mul_(self.gain)
         return model
 
 
@@ -68,31 +105,180 @@ def mixers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if find_mixer(type(module)) is not None]
 
 
+def output_projection(mixer: nn.Module) -> nn.Module:
+    """The last module of a mixer."""
+    return mixer.out_proj if hasattr(mixer, "out_proj") else mixer.o_proj
+
+
+def _row(name: str, model: str, config: Callable[[], Any], slow_mixer: type, **fields: Any) -> Architecture:
+    defaults = {"alpha": 0.07, "targets": frozenset({"linear_attn"}), "states": 3}
+    return Architecture(name, getattr(transformers, model), config, slow_mixer, **{**defaults, **fields})
+
+
+MAMBA2: dict[str, Any] = {"alpha": 0.65, "targets": frozenset({"mamba"}), "states": 2}
+
 ARCHITECTURES = (
-    Architecture(
-        name="qwen3_5",
-        model_class=Qwen3_5ForCausalLM,
-        config=lambda: Qwen3_5TextConfig(
+    _row(
+        "qwen3_5",
+        "Qwen3_5ForCausalLM",
+        lambda: transformers.Qwen3_5TextConfig(
             **COMMON, **ATTENTION, **GATED_DELTA_NET, intermediate_size=128, num_hidden_layers=4
         ),
-        slow_mixer=reference.GatedDeltaRule,
+        reference.GatedDeltaRule,
     ),
-    Architecture(
-        name="falcon_h1",
-        model_class=FalconH1ForCausalLM,
-        config=lambda: FalconH1Config(
+    _row(
+        "falcon_h1",
+        "FalconH1ForCausalLM",
+        lambda: transformers.FalconH1Config(
             **COMMON,
-            **ATTENTION,
+            **MAMBA | {"mamba_d_head": 16},
+            head_dim=16,
             intermediate_size=128,
             num_hidden_layers=2,
             mamba_d_ssm=64,
-            mamba_n_heads=4,
-            mamba_d_head=16,
             mamba_n_groups=1,
-            mamba_d_state=16,
-            mamba_chunk_size=16,
         ),
-        slow_mixer=reference.Mamba2,
+        reference.FalconH1,
+        **MAMBA2,
         gain=8.0,
     ),
+    _row(
+        "qwen3_5_moe",
+        "Qwen3_5MoeForCausalLM",
+        lambda: transformers.Qwen3_5MoeTextConfig(
+            **COMMON, **ATTENTION, **GATED_DELTA_NET, **EXPERTS, num_hidden_layers=4
+        ),
+        reference.GatedDeltaRule,
+    ),
+    _row(
+        "qwen3_next",
+        "Qwen3NextForCausalLM",
+        lambda: transformers.Qwen3NextConfig(
+            **COMMON, **ATTENTION, **GATED_DELTA_NET, **EXPERTS, intermediate_size=64, num_hidden_layers=4
+        ),
+        reference.Qwen3Next,
+    ),
+    _row(
+        "olmo_hybrid",
+        "OlmoHybridForCausalLM",
+        lambda: transformers.OlmoHybridConfig(
+            **COMMON,
+            **GATED_DELTA_NET,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=128,
+            num_hidden_layers=4,
+        ),
+        reference.OlmoHybrid,
+    ),
+    _row(
+        "kimi_linear",
+        "KimiLinearForCausalLM",
+        lambda: transformers.KimiLinearConfig(
+            **COMMON,
+            **LATENT_ATTENTION,
+            num_hidden_layers=5,
+            intermediate_size=64,
+            num_local_experts=4,
+            num_experts_per_tok=4,
+        ),
+        reference.KimiDeltaAttention,
+        targets=None,
+        states=4,
+    ),
+    _row(
+        "bailing_hybrid",
+        "BailingHybridForCausalLM",
+        lambda: transformers.BailingHybridConfig(
+            **COMMON,
+            **LATENT_ATTENTION,
+            num_hidden_layers=3,
+            intermediate_size=64,
+            layer_group_size=3,
+            first_k_dense_replace=1,
+            n_group=1,
+            topk_group=1,
+            head_dim=16,
+            num_experts=4,
+            num_experts_per_tok=4,
+        ),
+        reference.KimiDeltaAttention,
+        targets=None,
+        states=2,
+    ),
+    _row(
+        "bamba",
+        "BambaForCausalLM",
+        lambda: transformers.BambaConfig(
+            **COMMON, **MAMBA, intermediate_size=128, num_hidden_layers=3, attn_layer_indices=[1], mamba_n_groups=2
+        ),
+        reference.Mamba2,
+        **MAMBA2,
+    ),
+    _row(
+        "granitemoehybrid",
+        "GraniteMoeHybridForCausalLM",
+        lambda: transformers.GraniteMoeHybridConfig(
+            **COMMON,
+            **MAMBA,
+            intermediate_size=128,
+            num_hidden_layers=3,
+            mamba_n_groups=1,
+            num_local_experts=4,
+            num_experts_per_tok=4,
+            shared_intermediate_size=64,
+            layer_types=["linear_attention", "full_attention", "linear_attention"],
+        ),
+        reference.Mamba2,
+        **MAMBA2,
+    ),
+    _row(
+        "mamba2",
+        "Mamba2ForCausalLM",
+        lambda: transformers.Mamba2Config(
+            **COMMON, num_heads=4, head_dim=32, state_size=16, n_groups=2, chunk_size=16, num_hidden_layers=2
+        ),
+        reference.Mamba2,
+        **MAMBA2 | {"targets": frozenset({"mixer"})},
+    ),
+    _row(
+        "nemotron_h",
+        "NemotronHForCausalLM",
+        lambda: transformers.NemotronHConfig(
+            **COMMON,
+            **ATTENTION,
+            intermediate_size=64,
+            ssm_state_size=16,
+            mamba_num_heads=4,
+            mamba_head_dim=32,
+            n_groups=2,
+            chunk_size=16,
+            layers_block_type=["linear_attention", "mlp", "full_attention", "linear_attention"],
+        ),
+        reference.Mamba2,
+        **MAMBA2 | {"targets": None},
+    ),
+    _row(
+        "zamba2",
+        "Zamba2ForCausalLM",
+        lambda: transformers.Zamba2Config(
+            **COMMON,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            intermediate_size=128,
+            num_hidden_layers=4,
+            layers_block_type=["linear_attention", "hybrid"] * 2,
+            mamba_d_state=16,
+            mamba_ngroups=1,
+            n_mamba_heads=4,
+            chunk_size=16,
+            adapter_rank=8,
+            use_mem_rope=True,
+        ),
+        reference.Mamba2,
+        **MAMBA2 | {"targets": None, "states": 4},
+    ),
 )
+
+# What is not a matter of the recurrence is tested on one architecture of each of the two large families.
+MAIN = ARCHITECTURES[:2]

@@ -11,7 +11,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import hypothesis
 import pytest
 import torch
-from architectures import ARCHITECTURES, Architecture
+from architectures import MAIN, Architecture
 from peft import PeftModel, get_peft_model
 from reference import with_slow_mixers
 from torch import Tensor, nn
@@ -28,8 +28,9 @@ hypothesis.settings.load_profile("default")
 RELATIVE_TOLERANCE = 1e-5
 
 
-@pytest.fixture(params=ARCHITECTURES, ids=lambda architecture: architecture.name)
+@pytest.fixture(params=MAIN, ids=lambda architecture: architecture.name)
 def architecture(request: pytest.FixtureRequest) -> Architecture:
+    """What a test runs on; the modules that test the law run on the whole table."""
     return request.param
 
 

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
-from architectures import Architecture
+from architectures import ARCHITECTURES, Architecture
 from conftest import Tuned, states_of, tune
 from reference import with_slow_mixers
 from test_law import left_pad, packed_arguments
 from torch import Tensor
 from torch.nn import functional as F
+
+
+@pytest.fixture(params=ARCHITECTURES, ids=lambda architecture: architecture.name)
+def architecture(request: pytest.FixtureRequest) -> Architecture:
+    """The whole table, less what a base model itself cannot do."""
+    law = request.node.originalname.removeprefix("test_")
+    reason = dict(request.param.lacks).get(law)
+    if reason is not None:
+        pytest.skip(reason)
+    return request.param
 
 
 def loss_of(model, ids: Tensor, labels: Tensor | None = None, **arguments: object) -> Tensor:

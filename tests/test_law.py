@@ -9,12 +9,22 @@ import copy
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, mixers
+from architectures import ARCHITECTURES, Architecture, mixers, output_projection
 from conftest import Tuned, tune
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
+
+
+@pytest.fixture(params=ARCHITECTURES, ids=lambda architecture: architecture.name)
+def architecture(request: pytest.FixtureRequest) -> Architecture:
+    """The whole table, less what a base model itself cannot do."""
+    law = request.node.originalname.removeprefix("test_")
+    reason = dict(request.param.lacks).get(law)
+    if reason is not None:
+        pytest.skip(reason)
+    return request.param
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -280,7 +290,7 @@ def test_packed_row_filled_up_with_pads(tuned: Tuned, pads: int) -> None:
     lengths = [len(row) for row in rows]
     counts = []
     handles = [
-        mixer.out_proj.register_forward_pre_hook(lambda module, args: counts.append(args[0].shape[0]))
+        output_projection(mixer).register_forward_pre_hook(lambda module, args: counts.append(args[0].shape[0]))
         for mixer in mixers(tuned.model)
     ]
     logits = tuned.model(torch.cat(rows)[None], use_cache=False, **packed_arguments(lengths)).logits

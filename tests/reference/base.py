@@ -54,6 +54,8 @@ def with_slow_mixers(model: nn.Module, slow_mixer: type[SlowMixer], states: dict
         states: initial state of each mixer, by the mixer's name in the model.
     """
     slow = copy.deepcopy(model).double()
+    # The grouped product of experts knows no float64.
+    slow.set_experts_implementation("eager")
     for name, state in states.items():
         parent, _, child = name.rpartition(".")
         setattr(slow.get_submodule(parent), child, slow_mixer(slow.get_submodule(name), state))

@@ -10,7 +10,7 @@ class Mamba2(SlowMixer):
     """S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T, y_t = S_t C_t + D x_t, with S kept as [heads, head_dim, state]."""
 
     def project(self, x: Tensor) -> Tensor:
-        return self.mixer.in_proj(x * self.mixer.ssm_in_multiplier) * self.mixer.mup_vector
+        return self.mixer.in_proj(x)
 
     def recur(self, x: Tensor, state: Tensor) -> Tensor:
         m = self.mixer
@@ -31,6 +31,16 @@ class Mamba2(SlowMixer):
             outputs.append(torch.einsum("bhpn,bhn->bhp", state, c[:, t]) + m.D[:, None] * values[:, t])
         out = torch.stack(outputs, dim=1).reshape(batch, tokens, -1)
         return m.out_proj(self.gated_norm(out, gate).double())
+
+    def gated_norm(self, out: Tensor, gate: Tensor) -> Tensor:
+        return self.mixer.norm(out, gate)
+
+
+class FalconH1(Mamba2):
+    """Multipliers on both sides of the projection, and a norm that may be absent."""
+
+    def project(self, x: Tensor) -> Tensor:
+        return self.mixer.in_proj(x * self.mixer.ssm_in_multiplier) * self.mixer.mup_vector
 
     def gated_norm(self, out: Tensor, gate: Tensor) -> Tensor:
         if self.mixer.mamba_rms_norm:
