@@ -7,7 +7,6 @@ that already holds a state of this layer the mixer is called untouched: decoding
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any, cast
 
@@ -21,7 +20,7 @@ from .mixers import Call, parameter_names
 from .packing import PACKING_ARGUMENTS, find_boundaries, find_documents
 
 CHILD = "s0"
-_WATCH = "s0_positions"
+_WATCH, _ANNOUNCED = "s0_watch", "s0_announced"
 
 
 def layer_of(mixer: nn.Module) -> S0Layer:
@@ -54,52 +53,57 @@ def detach(mixer: nn.Module) -> None:
     delattr(mixer, CHILD)
 
 
-def watch_positions(model: nn.Module) -> None:
-    """Hook the backbones above tuned mixers, so that rows packed by their positions alone are seen.
+def watch_packing(model: nn.Module) -> None:
+    """Hook a model and the backbones above its tuned mixers, so that packed rows are seen wherever they are announced.
 
-    Positions do not reach a mixer. They reach the module that calls the decoder layers, and arguments added there reach
-    every mixer, also when gradient checkpointing runs a layer again.
+    Positions do not reach a mixer, and some models drop what they do not know on the way to their backbone. What is
+    added to a backbone's arguments reaches every mixer, also when gradient checkpointing runs a layer again.
     """
-    for backbone in _backbones(model):
-        if _WATCH not in vars(backbone):
-            setattr(backbone, _WATCH, backbone.register_forward_pre_hook(_before_backbone, with_kwargs=True))
+    for module, hook in [(model, _before_model), *((backbone, _before_backbone) for backbone in _backbones(model))]:
+        if _WATCH not in vars(module):
+            setattr(module, _WATCH, module.register_forward_pre_hook(hook, with_kwargs=True))
 
 
-def unwatch_positions(model: nn.Module) -> None:
-    """Undo `watch_positions` where no tuned mixer is left."""
-    used = set(_backbones(model))
-    for module in model.modules():
-        if _WATCH in vars(module) and module not in used:
-            vars(module).pop(_WATCH).remove()
+def unwatch_packing(model: nn.Module) -> None:
+    """Undo `watch_packing` if no tuned mixer is left."""
+    if not any(has_layer(module) for module in model.modules()):
+        for module in model.modules():
+            if _WATCH in vars(module):
+                vars(module).pop(_WATCH).remove()
+                vars(module).pop(_ANNOUNCED, None)
 
 
-def _backbones(model: nn.Module) -> Iterator[nn.Module]:
-    modules = dict(model.named_modules())
+def _backbones(model: nn.Module) -> list[nn.Module]:
+    modules, found = dict(model.named_modules()), []
     for name, module in modules.items():
         while has_layer(module) and name:
             name = name.rpartition(".")[0]
-            if {"position_ids", "inputs_embeds"} <= set(parameter_names(type(modules[name]))):
-                yield modules[name]
+            if name and "inputs_embeds" in parameter_names(type(modules[name])):
+                found.append(modules[name])
                 break
+    return found
+
+
+def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    announced = {name: kwargs[name] for name in ("position_ids", *PACKING_ARGUMENTS) if kwargs.get(name) is not None}
+    if announced:
+        for backbone in _backbones(model):
+            setattr(backbone, _ANNOUNCED, announced)
 
 
 def _before_backbone(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    arguments = {**dict(zip(parameter_names(type(backbone)), args, strict=False)), **kwargs}
-    positions, cache = arguments.get("position_ids"), arguments.get("past_key_values")
-    if positions is None or positions.shape[-1] == 1 or torch.compiler.is_compiling():
+    arguments = {
+        **vars(backbone).pop(_ANNOUNCED, {}),
+        **dict(zip(parameter_names(type(backbone)), args, strict=False)),
+        **{name: value for name, value in kwargs.items() if value is not None},
+    }
+    packing = {name: arguments[name] for name in PACKING_ARGUMENTS if name in arguments}
+    if not packing and arguments.get("attention_mask") is None and not torch.compiler.is_compiling():
+        packing = find_boundaries(arguments.get("position_ids"))
+    layers = (layer for layer in backbone.modules() if isinstance(layer, S0Layer))
+    if not packing or not any(layer.participates for layer in layers):
         return None
-    if arguments.get("attention_mask") is not None or any(name in kwargs for name in PACKING_ARGUMENTS):
-        return None
-    if positions.ndim == 3 and positions.shape[0] == 4:
-        # Text positions stand in front of those of time, height and width.
-        positions = positions[0]
-    layers = [layer for layer in backbone.modules() if isinstance(layer, S0Layer)]
-    if positions.ndim != 2 or not any(layer.participates for layer in layers):
-        return None
-    if cache is not None and cache.get_seq_length() > 0:
-        return None
-    found = find_boundaries(positions)
-    return None if found is None else (args, {**kwargs, **found})
+    return args, {**kwargs, **packing}
 
 
 def _before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

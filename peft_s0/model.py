@@ -14,7 +14,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .config import S0Config
-from .injection import CHILD, attach, detach, has_layer, layer_of, unwatch_positions, watch_positions
+from .injection import CHILD, attach, detach, has_layer, layer_of, unwatch_packing, watch_packing
 from .layer import BASE, MERGE_ERROR, S0Layer
 from .mixers import Mixer, find_mixer, registered_mixers
 from .mixers.refused import looks_recurrent
@@ -124,7 +124,7 @@ class S0Model(BaseTuner):
             low_cpu_mem_usage=low_cpu_mem_usage,
             state_dict=state_dict,
         )
-        watch_positions(model)
+        watch_packing(model)
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(MERGE_ERROR)
@@ -142,7 +142,7 @@ class S0Model(BaseTuner):
         for module in list(self.model.modules()):
             if has_layer(module):
                 detach(module)
-        unwatch_positions(self.model)
+        unwatch_packing(self.model)
         return self.model
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -360,7 +360,7 @@ def _withdraw(model: Any, config: S0Config, adapter_name: str) -> None:
         if not layer.configs:
             detach(mixer)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    unwatch_positions(base)
+    unwatch_packing(base)
     adapters = model.peft_config
     adapters.pop(adapter_name, None)
     if not adapters and "peft_config" in vars(base):

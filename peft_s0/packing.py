@@ -87,20 +87,24 @@ def find_documents(kwargs: dict[str, Any], hidden_states: Tensor) -> Documents |
     return Documents(row, position, lengths, int(lengths.max()))
 
 
-def find_boundaries(position_ids: Tensor) -> dict[str, Tensor] | None:
+def find_boundaries(position_ids: Tensor | None) -> dict[str, Tensor]:
     """What says that rows are packed, from their positions alone: a document begins where they do not go up by one.
 
     Args:
-        position_ids: int [batch, tokens].
+        position_ids: int [batch, tokens], or [4, batch, tokens] with those of time, height and width behind the text's.
 
     Returns:
-        `seq_idx`, int32 [batch, tokens], and for a single row `cu_seq_lens_q`, int32 [documents + 1]; None if every row
-        is one document.
+        `seq_idx`, int32 [batch, tokens], and for a single row `cu_seq_lens_q`, int32 [documents + 1]; nothing if every
+        row is one document.
     """
+    if position_ids is not None and position_ids.ndim == 3 and position_ids.shape[0] == 4:
+        position_ids = position_ids[0]
+    if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] == 1:
+        return {}
     starts = torch.ones_like(position_ids, dtype=torch.bool)
     starts[:, 1:] = position_ids.diff(dim=1) != 1
     if not bool(starts[:, 1:].any()):
-        return None
+        return {}
     found = {"seq_idx": starts.cumsum(1, dtype=torch.int32) - 1}
     if position_ids.shape[0] == 1:
         first = starts[0].nonzero().flatten()

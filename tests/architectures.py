@@ -71,6 +71,7 @@ class Architecture:
         targets: what `target_modules=None` becomes.
         states: how many recurrent layers the tiny model has.
         gain: factor on the mixers' output projections, so that the mixers reach the logits and an error would show.
+        cache: the model's argument for its cache.
         lacks: what the base model itself cannot do, by the name of the law, with the reason.
     """
 
@@ -82,6 +83,7 @@ class Architecture:
     targets: frozenset[str]
     states: int
     gain: float = 1.0
+    cache: str = "past_key_values"
     lacks: tuple[tuple[str, str], ...] = ()
 
     def build(self, seed: int = 0) -> PreTrainedModel:
@@ -116,6 +118,16 @@ def _row(name: str, model: str, config: Callable[[], Any], slow_mixer: type, **f
 
 
 MAMBA2: dict[str, Any] = {"alpha": 0.65, "targets": frozenset({"mamba"}), "states": 2}
+
+# GraniteMoeHybrid builds its attention mask without the positions.
+LEAKS = "the base model's attention runs across packed documents"
+PACKED = (
+    "packed_rows",
+    "sequence_index_alone",
+    "positions_alone",
+    "several_packed_rows",
+    "packed_row_filled_up_with_pads",
+)
 
 ARCHITECTURES = (
     _row(
@@ -231,6 +243,7 @@ ARCHITECTURES = (
         ),
         reference.Mamba2,
         **MAMBA2,
+        lacks=tuple((law, LEAKS) for law in PACKED),
     ),
     _row(
         "mamba2",
@@ -240,6 +253,8 @@ ARCHITECTURES = (
         ),
         reference.Mamba2,
         **MAMBA2 | {"targets": frozenset({"mixer"})},
+        cache="cache_params",
+        lacks=(("continued_conversation", "generate() takes no cache of this model back"),),
     ),
     _row(
         "nemotron_h",

@@ -44,17 +44,16 @@ def left_pad(rows: list[Tensor], side: str = "left") -> tuple[Tensor, Tensor, Te
     return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)
 
 
-def in_chunks(model, ids: Tensor, ends: list[int], cache=None, **kwargs: Tensor) -> Tensor:
+def in_chunks(tuned: Tuned, ids: Tensor, ends: list[int], cache=None, mask=None, positions=None) -> Tensor:
     """Logits of a sequence that reaches the model in several calls on one cache."""
-    cache = DynamicCache(config=model.config) if cache is None else cache
+    cache = DynamicCache(config=tuned.model.config) if cache is None else cache
+    positions = torch.arange(ids.shape[1]).expand_as(ids) if positions is None else positions
     logits, start = [], 0
     for end in ends:
-        call = (
-            {"attention_mask": kwargs["mask"][:, :end], "position_ids": kwargs["positions"][:, start:end]}
-            if kwargs
-            else {}
-        )
-        logits.append(model(ids[:, start:end], past_key_values=cache, use_cache=True, **call).logits)
+        call = {tuned.architecture.cache: cache, "position_ids": positions[:, start:end]}
+        if mask is not None:
+            call["attention_mask"] = mask[:, :end]
+        logits.append(tuned.model(ids[:, start:end], use_cache=True, **call).logits)
         start = end
     return torch.cat(logits, dim=1)
 
@@ -71,7 +70,7 @@ def test_cache_changes_nothing(tuned: Tuned) -> None:
 
 def test_token_by_token_from_the_first_token(tuned: Tuned) -> None:
     ids = tuned.ids(2, 12)
-    tuned.assert_equal(in_chunks(tuned.model, ids, list(range(1, 13))), tuned.expected(ids), tuned.effect(ids))
+    tuned.assert_equal(in_chunks(tuned, ids, list(range(1, 13))), tuned.expected(ids), tuned.effect(ids))
 
 
 def test_one_token_without_cache(tuned: Tuned) -> None:
@@ -83,7 +82,7 @@ def test_every_split_into_two_chunks(tuned: Tuned) -> None:
     ids = tuned.ids(2, 19)
     expected, effect = tuned.expected(ids), tuned.effect(ids)
     for split in range(1, 19):
-        tuned.assert_equal(in_chunks(tuned.model, ids, [split, 19]), expected, effect)
+        tuned.assert_equal(in_chunks(tuned, ids, [split, 19]), expected, effect)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -115,7 +114,7 @@ def test_bool_mask_and_no_positions(tuned: Tuned) -> None:
 def test_pads_that_cross_a_chunk(tuned: Tuned, split: int) -> None:
     rows = [tuned.ids(1, 14)[0], tuned.ids(1, 6)[0]]
     ids, mask, positions = left_pad(rows)
-    logits = in_chunks(tuned.model, ids, [split, 14], mask=mask, positions=positions)
+    logits = in_chunks(tuned, ids, [split, 14], mask=mask, positions=positions)
     for i, row in enumerate(rows):
         tuned.assert_equal(logits[i : i + 1, -len(row) :], tuned.expected(row[None]), tuned.effect(row[None]))
 
@@ -123,7 +122,7 @@ def test_pads_that_cross_a_chunk(tuned: Tuned, split: int) -> None:
 def test_decoding_after_a_padded_prompt(tuned: Tuned) -> None:
     rows = [tuned.ids(1, 14)[0], tuned.ids(1, 6)[0]]
     ids, mask, positions = left_pad(rows)
-    logits = in_chunks(tuned.model, ids, [9, 10, 11, 12, 13, 14], mask=mask, positions=positions)
+    logits = in_chunks(tuned, ids, [9, 10, 11, 12, 13, 14], mask=mask, positions=positions)
     tuned.assert_equal(logits[1:, -6:], tuned.expected(rows[1][None]), tuned.effect(rows[1][None]))
 
 
@@ -138,7 +137,7 @@ def test_any_batch_any_pads_any_chunks(architecture, data: st.DataObject) -> Non
     # One token at a time is decoding, which cannot be padded: the base model drops the mask of such calls.
     first = data.draw(st.integers(min(max(2, width - min(lengths) + 1), width), width), label="first chunk")
     cuts = data.draw(st.sets(st.integers(first, width)), label="cuts")
-    logits = in_chunks(tuned.model, ids, sorted({first, width, *cuts}), mask=mask, positions=positions)
+    logits = in_chunks(tuned, ids, sorted({first, width, *cuts}), mask=mask, positions=positions)
     for i, row in enumerate(rows):
         tuned.assert_equal(logits[i : i + 1, -len(row) :], tuned.expected(row[None]), tuned.effect(row[None]))
 
@@ -154,7 +153,7 @@ def test_static_cache_and_reset(tuned: Tuned) -> None:
     cache = StaticCache(config=tuned.model.config, max_cache_len=32)
     for seed in (1, 2):
         ids = tuned.ids(2, 12, seed)
-        logits = in_chunks(tuned.model, ids, [7, 8, 9, 12], cache=cache)
+        logits = in_chunks(tuned, ids, [7, 8, 9, 12], cache=cache)
         tuned.assert_equal(logits, tuned.expected(ids), tuned.effect(ids))
         cache.reset()
 
@@ -163,7 +162,7 @@ def test_single_token_start_on_a_static_cache(tuned: Tuned) -> None:
     cache = StaticCache(config=tuned.model.config, max_cache_len=32)
     for seed in (1, 2):
         ids = tuned.ids(2, 5, seed)
-        logits = in_chunks(tuned.model, ids, [1, 2, 3, 4, 5], cache=cache)
+        logits = in_chunks(tuned, ids, [1, 2, 3, 4, 5], cache=cache)
         tuned.assert_equal(logits, tuned.expected(ids), tuned.effect(ids))
         cache.reset()
 
@@ -224,8 +223,8 @@ def test_packed_rows(tuned: Tuned) -> None:
 def test_a_packed_row_leaves_the_cache_of_its_last_document(tuned: Tuned) -> None:
     rows = [tuned.ids(1, 9)[0], tuned.ids(1, 5, seed=1)[0]]
     arguments = packed_arguments([9, 5])
-    packed = tuned.model(torch.cat(rows)[None], use_cache=True, **arguments).past_key_values
-    alone = tuned.model(rows[1][None], use_cache=True).past_key_values
+    packed = getattr(tuned.model(torch.cat(rows)[None], use_cache=True, **arguments), tuned.architecture.cache)
+    alone = getattr(tuned.model(rows[1][None], use_cache=True), tuned.architecture.cache)
     # The first layer's alone: with a cache, transformers lets the attention of a packed row run across its documents,
     # and what stands behind the first attention has seen that.
     index = next(i for i, layer in enumerate(alone.layers) if hasattr(layer, "recurrent_states"))
@@ -347,7 +346,7 @@ def test_alpha_of_one_and_a_batch_of_one_do_not_alias_the_parameter(architecture
     before = copy.deepcopy(tuned.model.state_dict())
     cache = DynamicCache(config=tuned.model.config)
     for token in tuned.ids(1, 6)[0]:
-        tuned.model(token.view(1, 1), past_key_values=cache, use_cache=True)
+        tuned.model(token.view(1, 1), use_cache=True, **{architecture.cache: cache})
     after = tuned.model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -361,4 +360,4 @@ def test_bf16_base_with_float32_states(tuned: Tuned) -> None:
     full = model(ids).logits.float()
     # bf16 has 8 bits: the error is that of the base model in bf16, far below the effect.
     tuned.assert_equal(full, tuned.expected(ids), effect, tolerance=0.1)
-    tuned.assert_equal(in_chunks(model, ids, [1, 5, 20]).float(), full, effect, tolerance=0.05)
+    tuned.assert_equal(in_chunks(tuned, ids, [1, 5, 20]).float(), full, effect, tolerance=0.05)
