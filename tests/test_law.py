@@ -103,6 +103,24 @@ def test_many_pads(tuned: Tuned) -> None:
     tuned.assert_equal(logits, tuned.expected(rows[1][None]), tuned.effect(rows[1][None]))
 
 
+def test_many_pads_with_time_steps_clamped_from_below(tuned: Tuned) -> None:
+    """The lower limit holds for real tokens and must not let the state decay at pads."""
+    if not hasattr(mixers(tuned.base)[0], "time_step_limit"):
+        pytest.skip("no time step to clamp")
+    limit, clamped = (0.06, 0.09), 0
+    for model in (tuned.base, tuned.model, tuned.slow):
+        for module in model.modules():
+            if hasattr(module, "time_step_limit"):
+                module.time_step_limit = limit
+                clamped += 1
+    assert clamped == 3 * tuned.architecture.states
+    row = tuned.ids(1, 6)
+    ids, mask, positions = left_pad([tuned.ids(1, 36)[0], row[0]])
+    logits = tuned.model(ids, attention_mask=mask, position_ids=positions).logits[1:, -6:]
+    tuned.assert_equal(logits, tuned.expected(row), tuned.effect(row))
+    assert {mixer.time_step_limit for mixer in mixers(tuned.model)} == {limit}
+
+
 def test_bool_mask_and_no_positions(tuned: Tuned) -> None:
     rows = [tuned.ids(1, 9)[0], tuned.ids(1, 5)[0]]
     ids, mask, _ = left_pad(rows)
