@@ -48,6 +48,41 @@ LATENT_ATTENTION: dict[str, Any] = {
     "linear_num_heads": 4,
     "linear_head_dim": 16,
 }
+QWEN4: dict[str, Any] = {
+    **COMMON,
+    **ATTENTION,
+    **GATED_DELTA_NET,
+    **EXPERTS,
+    "num_hidden_layers": 4,
+    "hc_count": 2,
+    "hc_lowrank": 8,
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 64,
+    "indexer_compress_ratio": 4,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.5,
+        "mrope_section": [2, 1, 1],
+    },
+}
+IMAGE_TOKENS: dict[str, Any] = {
+    "image_token_id": 120,
+    "video_token_id": 121,
+    "vision_start_token_id": 122,
+    "vision_end_token_id": 123,
+}
+VISION: dict[str, Any] = {
+    "depth": 1,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_heads": 2,
+    "patch_size": 4,
+    "out_hidden_size": 64,
+    "num_position_embeddings": 16,
+}
 MAMBA: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -119,8 +154,9 @@ def _row(name: str, model: str, config: Callable[[], Any], slow_mixer: type, **f
 
 MAMBA2: dict[str, Any] = {"alpha": 0.65, "targets": frozenset({"mamba"}), "states": 2}
 
-# GraniteMoeHybrid builds its attention mask without the positions.
+# Masks that are made without the positions.
 LEAKS = "the base model's attention runs across packed documents"
+NGRAMS = "the base model's n-gram embeddings reach across packed documents"
 PACKED = (
     "packed_rows",
     "sequence_index_alone",
@@ -292,6 +328,81 @@ ARCHITECTURES = (
         ),
         reference.Mamba2,
         **MAMBA2 | {"targets": None, "states": 4},
+    ),
+    _row(
+        "qwen4_exp",
+        "Qwen4ExpForCausalLM",
+        lambda: transformers.Qwen4ExpTextConfig(**QWEN4),
+        reference.GatedDeltaRule,
+    ),
+    _row(
+        "qwen4_exp_ple",
+        "Qwen4ExpForCausalLM",
+        lambda: transformers.Qwen4ExpTextConfig(
+            **QWEN4,
+            ple_layer_ids=[1],
+            heads_per_ngram=2,
+            ngram_vocab_size_base=50,
+            make_ngram_vocab_size_divisible_by=8,
+            split_ngram_parts=1,
+        ),
+        reference.GatedDeltaRule,
+        lacks=tuple((law, NGRAMS) for law in (*PACKED, "a_packed_row_leaves_the_cache_of_its_last_document")),
+    ),
+    _row(
+        "qwen3_5_vl",
+        "Qwen3_5ForConditionalGeneration",
+        lambda: transformers.Qwen3_5Config(
+            text_config={**COMMON, **ATTENTION, **GATED_DELTA_NET, "intermediate_size": 128, "num_hidden_layers": 4},
+            vision_config=VISION,
+            **IMAGE_TOKENS,
+        ),
+        reference.GatedDeltaRule,
+    ),
+    _row(
+        "qwen3_5_moe_vl",
+        "Qwen3_5MoeForConditionalGeneration",
+        lambda: transformers.Qwen3_5MoeConfig(
+            text_config={**COMMON, **ATTENTION, **GATED_DELTA_NET, **EXPERTS, "num_hidden_layers": 4},
+            vision_config=VISION,
+            **IMAGE_TOKENS,
+        ),
+        reference.GatedDeltaRule,
+    ),
+    _row(
+        "glm5_next",
+        "Glm5NextForConditionalGeneration",
+        lambda: transformers.Glm5NextConfig(
+            text_config={
+                **COMMON,
+                **LATENT_ATTENTION,
+                "qk_rope_head_dim": 0,
+                "qk_nope_head_dim": 16,
+                "q_lora_rank": 16,
+                "num_hidden_layers": 4,
+                "intermediate_size": 64,
+                "n_routed_experts": 4,
+                "num_experts_per_tok": 4,
+                "index_topk": 64,
+                "index_head_dim": 16,
+                "index_n_heads": 2,
+                "index_kpool": 4,
+                "hc_mult": 2,
+            },
+            vision_config={
+                "depth": 1,
+                "hidden_size": 32,
+                "num_heads": 2,
+                "out_hidden_size": 64,
+                "intermediate_size": 32,
+            },
+        ),
+        reference.KimiDeltaAttention,
+        targets=None,
+        lacks=(
+            *((law, LEAKS) for law in PACKED),
+            ("finite_differences", "activations that are cut off at a limit have kinks"),
+        ),
     ),
 )
 
