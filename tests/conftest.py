@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from dataclasses import dataclass
 
 # Before any library asks: no network in tests, and no parallelism within one (pytest-xdist runs several).
@@ -89,9 +88,3 @@ def tune(architecture: Architecture, seed: int = 0, **config: object) -> Tuned:
 @pytest.fixture
 def tuned(architecture: Architecture) -> Tuned:
     return tune(architecture)
-
-
-@pytest.fixture(autouse=True)
-def _expected_warnings() -> None:
-    # Deprecations inside transformers and peft, which this package has no part in.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|trl")
