@@ -118,15 +118,19 @@ def _before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     batch, tokens = hidden_states.shape[:2]
     pads = padding.pads_of(mask, tokens)
     if declaration.has_past(mixer, cache):
+        if not declaration.resumes(tokens, pads):
+            return None
+        _, rows = layer.start_states(batch, hidden_states.device)
+        call = Call(cache, None, padding.held_positions(pads, rows, None), rows)
         if pads is not None:
-            _, rows = layer.start_states(batch, hidden_states.device)
-            _enter(mixer, layer, Call(cache, None, padding.held_positions(pads, rows, None)))
-        return None
+            # Some models pass the whole sequence's mask on.
+            kwargs = {**kwargs, "attention_mask": mask[:, -tokens:]}
+        return (), {**kwargs, declaration.cache_argument: _enter(mixer, layer, call)}
 
     documents = find_documents(kwargs, hidden_states)
     states, rows = layer.start_states(batch if documents is None else documents.count, hidden_states.device)
     kwargs = dict(kwargs)
-    call, added = Call(cache, states, None), None
+    call, added = Call(cache, states, None, rows), None
     if documents is not None:
         width = max(documents.longest, 2)
         hidden_states = documents.unpack(hidden_states, width)
@@ -168,7 +172,9 @@ def _after_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         return None
     layer.call = None
     layer.declaration.leave(mixer, call)
-    return None if call.restore is None or output is None else call.restore(output)
+    if call.restore is None or output is None:
+        return None
+    return (call.restore(output[0]), *output[1:]) if isinstance(output, tuple) else call.restore(output)
 
 
 def _stays_zero(states: Tensor) -> bool:

@@ -82,6 +82,7 @@ class Call:
         cache: the real cache, or None.
         states: float32 [rows, heads, ...], what each row starts from; None when the call continues a sequence.
         held: bool [rows or 1, tokens], positions at which the state must stay as it is; None: nowhere.
+        rows: bool [rows] or [1]: rows whose state is not the base model's zero; None: all.
         kept: the rows whose end the cache keeps; None: the call's own rows, whole.
         tokens: how many tokens of the kept rows are real; None: all.
         restore: brings the mixer's output back to the rows and tokens that it was called with; None: they are the same.
@@ -90,6 +91,7 @@ class Call:
     cache: Any
     states: Tensor | None
     held: Tensor | None
+    rows: Tensor | None = None
     kept: slice | None = None
     tokens: int | None = None
     restore: Callable[[Tensor], Tensor] | None = None
@@ -126,11 +128,20 @@ class Mixer:
         # Not has_previous_state, which never becomes true of layers that keep several states.
         return cache is not None and cache.get_conv_state(mixer.layer_idx, state_idx=0) is not None
 
+    def resumes(self, tokens: int, pads: Tensor | None) -> bool:
+        """Whether there is something to do in a call that continues a sequence.
+
+        Args:
+            tokens: how many tokens the call has.
+            pads: bool [batch, tokens], its pads; None if there are none.
+        """
+        return pads is not None
+
     def enter(self, mixer: MixerModule, call: Call) -> Any:
         """Prepare a mixer for a call.
 
         Returns:
-            What the mixer is to be called with in place of its cache; the cache itself when the call continues.
+            What the mixer is to be called with in place of its cache.
         """
         if call.held is not None:
             for gate in self.gates:
