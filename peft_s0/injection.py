@@ -118,7 +118,7 @@ def _before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     batch, tokens = hidden_states.shape[:2]
     pads = padding.pads_of(mask, tokens)
     if declaration.has_past(mixer, cache):
-        if not declaration.resumes(tokens, pads):
+        if not declaration.resumes(tokens, pads, cache):
             return None
         _, rows = layer.start_states(batch, hidden_states.device)
         call = Call(cache, None, padding.held_positions(pads, rows, None), rows)

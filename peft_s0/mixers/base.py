@@ -128,12 +128,13 @@ class Mixer:
         # Not has_previous_state, which never becomes true of layers that keep several states.
         return cache is not None and cache.get_conv_state(mixer.layer_idx, state_idx=0) is not None
 
-    def resumes(self, tokens: int, pads: Tensor | None) -> bool:
+    def resumes(self, tokens: int, pads: Tensor | None, cache: Any) -> bool:
         """Whether there is something to do in a call that continues a sequence.
 
         Args:
             tokens: how many tokens the call has.
             pads: bool [batch, tokens], its pads; None if there are none.
+            cache: the cache that holds the past.
         """
         return pads is not None
 

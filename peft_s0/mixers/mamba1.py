@@ -179,7 +179,7 @@ class Mamba1Mixer(Mixer):
     scan: type[Scan] = Scan
     parts: tuple[str, ...] = ("in_proj", "x_proj", "out_proj")
 
-    def resumes(self, tokens: int, pads: Tensor | None) -> bool:
+    def resumes(self, tokens: int, pads: Tensor | None, cache: Any) -> bool:
         """Several tokens on a cache with a past would lose it. One is a step, which honours it."""
         return tokens > 1
 
