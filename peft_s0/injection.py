@@ -100,9 +100,15 @@ def _before_backbone(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     packing = {name: arguments[name] for name in PACKING_ARGUMENTS if name in arguments}
     if not packing and arguments.get("attention_mask") is None and not torch.compiler.is_compiling():
         packing = find_boundaries(arguments.get("position_ids"))
-    layers = (layer for layer in backbone.modules() if isinstance(layer, S0Layer))
-    if not packing or not any(layer.participates for layer in layers):
+    layers = [layer for layer in backbone.modules() if isinstance(layer, S0Layer) and layer.participates]
+    if not packing or not layers:
         return None
+    if not all(layer.declaration.hears_packing for layer in layers):
+        raise ValueError(
+            f"{type(backbone).__name__} does not tell its recurrent layers where the documents of packed rows begin, so "
+            "the state would run from one document into the next, also without S0. Pad the rows instead of packing "
+            "them (in TRL: packing=False, padding_free=False)."
+        )
     return args, {**kwargs, **packing}
 
 

@@ -110,6 +110,7 @@ class Mixer:
         state_shape: from a mixer to the shape of one sequence's state, [heads, ...], as the kernel takes it.
         gates: the projections to freeze at pads.
         cache_argument: name of the forward argument that carries the cache.
+        hears_packing: whether the arguments that describe packed rows reach the mixer from the model's.
     """
 
     path: str
@@ -117,6 +118,7 @@ class Mixer:
     state_shape: Callable[[MixerModule], tuple[int, ...]]
     gates: tuple[Gate, ...] = ()
     cache_argument: str = "cache_params"
+    hears_packing: bool = True
 
     @property
     def parts(self) -> tuple[str, ...]:
