@@ -105,8 +105,8 @@ def _before_backbone(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[st
         return None
     if not all(layer.declaration.hears_packing for layer in layers):
         raise ValueError(
-            f"{type(backbone).__name__} does not tell its recurrent layers where the documents of packed rows begin, so "
-            "the state would run from one document into the next, also without S0. Pad the rows instead of packing "
+            f"{type(backbone).__name__} does not tell its recurrent layers where the documents of packed rows begin, "
+            "so the state would run from one document into the next, also without S0. Pad the rows instead of packing "
             "them (in TRL: packing=False, padding_free=False)."
         )
     return args, {**kwargs, **packing}
@@ -128,7 +128,7 @@ def _before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
             return None
         _, rows = layer.start_states(batch, hidden_states.device)
         call = Call(cache, None, padding.held_positions(pads, rows, None), rows)
-        if pads is not None:
+        if mask is not None and pads is not None:
             # Some models pass the whole sequence's mask on.
             kwargs = {**kwargs, "attention_mask": mask[:, -tokens:]}
         return (), {**kwargs, declaration.cache_argument: _enter(mixer, layer, call)}

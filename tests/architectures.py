@@ -174,7 +174,7 @@ PACKED = (
     "packed_row_filled_up_with_pads",
 )
 
-MAMBA1: dict[str, Any] = {"alpha": 1.0, "targets": None}
+MAMBA1: dict[str, Any] = {"alpha": 1.0, "targets": frozenset({"mamba"})}
 DEAF = tuple(
     (law, "the base model does not tell its mixers where documents begin")
     for law in (*PACKED, "a_packed_row_leaves_the_cache_of_its_last_document", "lengths_that_do_not_add_up")

@@ -5,9 +5,10 @@ The first call of a sequence begins at zero, so what a state S contributes is ad
 the norm, where n counts the tokens so far, and exp(-s n) S to the state that the cache keeps. Later calls begin at the
 cached state, but let it decay at pads; they are given the difference.
 
-Limits of MiniMax itself, with S0 or without: its cache does not reorder the states for beam search, so do not search
-with beams. And it takes the number of past tokens from the first layer, which knows of none if it is recurrent: the
-attention layers then see a wrong mask in calls of several tokens on a cache with a past, which are refused here.
+Limits of MiniMax itself, with S0 or without. Its cache does not reorder the states for beam search: do not search with
+beams. And it takes the number of past tokens from the first layer, which knows of none if it is recurrent. The
+attention layers then see a wrong mask in calls of several tokens on a cache with a past, which are refused here, and
+when a batch with pads is decoded, which cannot be seen from here: generate from rows of the same length.
 """
 
 from __future__ import annotations
@@ -60,8 +61,12 @@ class _Recurrence:
     def __init__(self, mixer: MixerModule, call: Call) -> None:
         self.mixer = mixer
         self.call = call
-        self.past = call.cache.get_linear_cache(mixer.layer_idx) if call.states is None else None
-        self.states: Tensor = (call.states if self.past is None else self.past).float()
+        self.past: Tensor | None = None
+        if call.states is None:
+            self.past = call.cache.get_linear_cache(mixer.layer_idx)
+        states = self.past if call.states is None else call.states
+        assert states is not None
+        self.states = states.float()
         self.rate = mixer.slope_rate.float().view(-1)
 
     def see_projection(self, output: Tensor) -> None:
@@ -74,7 +79,7 @@ class _Recurrence:
         self.factor = self.decay(real) - (0 if self.past is None else self.decay(counted))
 
     def decay(self, counted: Tensor) -> Tensor:
-        """What is left of a state after each token, from which tokens count: [rows, tokens] -> [rows, tokens, heads]."""
+        """What is left of a state after each token [rows, tokens, heads], from which tokens count [rows, tokens]."""
         return torch.exp(-self.rate * counted.cumsum(1).unsqueeze(-1))
 
     def correct(self, attended: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from ..taps import on_input, on_output
@@ -70,7 +70,7 @@ class Scan:
         """The call's signals, made once, when all that they are made of was seen."""
         if self._signals is None:
             logits, x, b, c = self.project()
-            dt = F.softplus(logits.float())
+            dt = functional.softplus(logits.float())
             if self.call.held is not None:
                 dt = dt.masked_fill(self.call.held[..., None, None], 0.0)
             self._signals = Signals(dt, x.float(), b.float(), c.float())
@@ -104,7 +104,7 @@ class Scan:
             logits = mixer.dt_proj(time_step)
         else:
             # As the mixers do: adapters on `dt_proj` have no part in it.
-            logits = F.linear(time_step, mixer.dt_proj.weight).float() + mixer.dt_proj.bias.float()
+            logits = functional.linear(time_step, mixer.dt_proj.weight).float() + mixer.dt_proj.bias.float()
         return tuple(part.unsqueeze(2) for part in (logits, self.x, b, c))
 
     def correct(self, scanned: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ class Scan:
         elapsed = self.signals.dt.cumsum(1)
         pieces = zip(elapsed.split(_CHUNK, 1), self.signals.c.split(_CHUNK, 1), strict=True)
         contribution = torch.cat([_sparing(_read, self.states, self.a, *piece) for piece in pieces], dim=1)
-        return (scanned + F.silu(self.z.float()) * contribution.flatten(2)).to(scanned.dtype)
+        return (scanned + functional.silu(self.z.float()) * contribution.flatten(2)).to(scanned.dtype)
 
     def end(self, scanned: Tensor) -> Tensor:
         """From the final states of the scan [rows, *state shape] to those that the cache keeps."""
@@ -142,7 +142,7 @@ class HeadedScan(Scan):
         """See `Scan.project`."""
         mixer, inputs = self.mixer, self.convolved
         weight = mixer.conv1d.weight
-        out = F.conv1d(
+        out = functional.conv1d(
             inputs.to(weight.dtype), weight, mixer.conv1d.bias, padding=weight.shape[-1] - 1, groups=weight.shape[0]
         )
         tokens = self.z.shape[1]
@@ -188,8 +188,9 @@ class Mamba1Mixer(Mixer):
         states = call.states
         if states is None:
             states = call.cache.get_recurrent_state(mixer.layer_idx)
-            # Rows without a learnt state keep the base model's own arithmetic.
-            states = states * call.rows.view(-1, *[1] * (states.ndim - 1))
+            if call.rows is not None:
+                # Rows without a learnt state keep the base model's own arithmetic.
+                states = states * call.rows.view(-1, *[1] * (states.ndim - 1))
         scan = self.scan(mixer, call, states)
         on_output(mixer, "in_proj", scan.see_input)
         if "x_proj" in self.parts:
@@ -220,7 +221,7 @@ def _read(states: Tensor, a: Tensor, elapsed: Tensor, c: Tensor) -> Tensor:
 def _write(states: Tensor, a: Tensor, dt: Tensor, x: Tensor, b: Tensor) -> Tensor:
     """States after some tokens; arguments as in `_read` and `Signals`."""
     # The time from each token to the last, summed from the end so that small times stay exact.
-    remaining = F.pad(dt[:, 1:], (0, 0, 0, 0, 0, 1)).flip(1).cumsum(1).flip(1)
+    remaining = functional.pad(dt[:, 1:], (0, 0, 0, 0, 0, 1)).flip(1).cumsum(1).flip(1)
     written = torch.exp(remaining.unsqueeze(-1) * a) * (dt * x).unsqueeze(-1) * b.unsqueeze(-2)
     return torch.exp(dt.sum(1).unsqueeze(-1) * a) * states + written.sum(1)
 
