@@ -100,9 +100,15 @@ def _before_backbone(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     packing = {name: arguments[name] for name in PACKING_ARGUMENTS if name in arguments}
     if not packing and arguments.get("attention_mask") is None and not torch.compiler.is_compiling():
         packing = find_boundaries(arguments.get("position_ids"))
-    layers = (layer for layer in backbone.modules() if isinstance(layer, S0Layer))
-    if not packing or not any(layer.participates for layer in layers):
+    layers = [layer for layer in backbone.modules() if isinstance(layer, S0Layer) and layer.participates]
+    if not packing or not layers:
         return None
+    if not all(layer.declaration.hears_packing for layer in layers):
+        raise ValueError(
+            f"{type(backbone).__name__} does not tell its recurrent layers where the documents of packed rows begin, "
+            "so the state would run from one document into the next, also without S0. Pad the rows instead of packing "
+            "them (in TRL: packing=False, padding_free=False)."
+        )
     return args, {**kwargs, **packing}
 
 
@@ -118,15 +124,19 @@ def _before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     batch, tokens = hidden_states.shape[:2]
     pads = padding.pads_of(mask, tokens)
     if declaration.has_past(mixer, cache):
-        if pads is not None:
-            _, rows = layer.start_states(batch, hidden_states.device)
-            _enter(mixer, layer, Call(cache, None, padding.held_positions(pads, rows, None)))
-        return None
+        if not declaration.resumes(tokens, pads, cache):
+            return None
+        _, rows = layer.start_states(batch, hidden_states.device)
+        call = Call(cache, None, padding.held_positions(pads, rows, None), rows)
+        if mask is not None and pads is not None:
+            # Some models pass the whole sequence's mask on.
+            kwargs = {**kwargs, "attention_mask": mask[:, -tokens:]}
+        return (), {**kwargs, declaration.cache_argument: _enter(mixer, layer, call)}
 
     documents = find_documents(kwargs, hidden_states)
     states, rows = layer.start_states(batch if documents is None else documents.count, hidden_states.device)
     kwargs = dict(kwargs)
-    call, added = Call(cache, states, None), None
+    call, added = Call(cache, states, None, rows), None
     if documents is not None:
         width = max(documents.longest, 2)
         hidden_states = documents.unpack(hidden_states, width)
@@ -168,7 +178,9 @@ def _after_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         return None
     layer.call = None
     layer.declaration.leave(mixer, call)
-    return None if call.restore is None or output is None else call.restore(output)
+    if call.restore is None or output is None:
+        return None
+    return (call.restore(output[0]), *output[1:]) if isinstance(output, tuple) else call.restore(output)
 
 
 def _stays_zero(states: Tensor) -> bool:

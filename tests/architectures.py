@@ -10,7 +10,8 @@ import reference
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
+from transformers.models.minimax.modeling_minimax import MiniMaxCache
 
 from peft_s0.mixers import find_mixer
 
@@ -107,6 +108,7 @@ class Architecture:
         states: how many recurrent layers the tiny model has.
         gain: factor on the mixers' output projections, so that the mixers reach the logits and an error would show.
         cache: the model's argument for its cache.
+        make_cache: makes an empty one from the model's config.
         lacks: what the base model itself cannot do, by the name of the law, with the reason.
     """
 
@@ -119,6 +121,7 @@ class Architecture:
     states: int
     gain: float = 1.0
     cache: str = "past_key_values"
+    make_cache: Callable[[Any], Any] = lambda config: DynamicCache(config=config)
     lacks: tuple[tuple[str, str], ...] = ()
 
     def build(self, seed: int = 0) -> PreTrainedModel:
@@ -129,9 +132,9 @@ class Architecture:
         with torch.no_grad():
             for mixer in mixers(model):
                 for part in mixer.modules():
-                    if hasattr(part, "dt_bias"):
-                        time_step = torch.empty_like(part.dt_bias).uniform_(0.01, 0.1)
-                        part.dt_bias.copy_(time_step.expm1().log())
+                    if hasattr(part, "A_log"):
+                        bias = time_step_bias(part)
+                        bias.copy_(torch.empty_like(bias).uniform_(0.01, 0.1).expm1().log())
                         part.A_log.uniform_(-0.7, 0.7)
                 output_projection(mixer).weight.mul_(self.gain)
         return model
@@ -140,6 +143,12 @@ class Architecture:
 def mixers(model: nn.Module) -> list[nn.Module]:
     """The recurrent mixers of a model."""
     return [module for module in model.modules() if find_mixer(type(module)) is not None]
+
+
+def time_step_bias(part: nn.Module) -> torch.Tensor:
+    """What is added to the logits of the time step, in a part of a mixer that decays by it."""
+    names = [name for name in ("dt_bias", "dt_proj_bias") if hasattr(part, name)]
+    return getattr(part, names[0]) if names else part.dt_proj.bias
 
 
 def output_projection(mixer: nn.Module) -> nn.Module:
@@ -164,6 +173,14 @@ PACKED = (
     "several_packed_rows",
     "packed_row_filled_up_with_pads",
 )
+
+MAMBA1: dict[str, Any] = {"alpha": 1.0, "targets": frozenset({"mamba"})}
+DEAF = tuple(
+    (law, "the base model does not tell its mixers where documents begin")
+    for law in (*PACKED, "a_packed_row_leaves_the_cache_of_its_last_document", "lengths_that_do_not_add_up")
+)
+NO_PAST = (("continued_conversation", "generate() takes no cache of this model back"),)
+NO_MATRIX = (("every_form_of_state_has_a_finite_gradient", "its states have no heads, so they have no rank"),)
 
 ARCHITECTURES = (
     _row(
@@ -402,6 +419,86 @@ ARCHITECTURES = (
         lacks=(
             *((law, LEAKS) for law in PACKED),
             ("finite_differences", "activations that are cut off at a limit have kinks"),
+        ),
+    ),
+    _row(
+        "mamba",
+        "MambaForCausalLM",
+        lambda: transformers.MambaConfig(**COMMON, state_size=8, num_hidden_layers=2),
+        reference.Mamba1,
+        **MAMBA1 | {"targets": frozenset({"mixer"}), "states": 2},
+        gain=3.0,
+        cache="cache_params",
+        lacks=(*DEAF, *NO_PAST, *NO_MATRIX),
+    ),
+    _row(
+        "falcon_mamba",
+        "FalconMambaForCausalLM",
+        lambda: transformers.FalconMambaConfig(**COMMON, state_size=8, num_hidden_layers=2),
+        reference.NormalizedMamba1,
+        **MAMBA1 | {"targets": frozenset({"mixer"}), "states": 2},
+        cache="cache_params",
+        lacks=(*DEAF, *NO_PAST, *NO_MATRIX),
+    ),
+    _row(
+        "jamba",
+        "JambaForCausalLM",
+        lambda: transformers.JambaConfig(
+            **COMMON,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=64,
+            num_hidden_layers=4,
+            num_experts=2,
+            num_experts_per_tok=2,
+            attn_layer_period=4,
+            attn_layer_offset=2,
+            mamba_d_state=8,
+        ),
+        reference.NormalizedMamba1,
+        **MAMBA1 | {"states": 3},
+        lacks=(*DEAF, *NO_MATRIX),
+    ),
+    _row(
+        "zamba",
+        "ZambaForCausalLM",
+        lambda: transformers.ZambaConfig(
+            **COMMON,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            intermediate_size=64,
+            num_hidden_layers=4,
+            layers_block_type=["linear_attention", "hybrid"] * 2,
+            n_mamba_heads=2,
+            mamba_d_state=8,
+        ),
+        reference.Zamba,
+        **MAMBA1 | {"states": 4},
+        gain=3.0,
+    ),
+    _row(
+        "minimax",
+        "MiniMaxForCausalLM",
+        lambda: transformers.MiniMaxConfig(
+            **COMMON,
+            **ATTENTION,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_local_experts=4,
+            num_experts_per_tok=4,
+            block_size=8,
+            layer_types=["full_attention", "linear_attention", "linear_attention"],
+        ),
+        reference.LightningAttention,
+        alpha=1.0,
+        targets=None,
+        states=2,
+        make_cache=lambda config: MiniMaxCache(),
+        lacks=(
+            ("generate", "its cache does not reorder its states for beams"),
+            ("static_cache_and_reset", "it takes its own cache only"),
+            ("single_token_start_on_a_static_cache", "it takes its own cache only"),
+            ("a_packed_row_leaves_the_cache_of_its_last_document", "its cache has another form"),
         ),
     ),
 )

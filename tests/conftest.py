@@ -79,7 +79,8 @@ def states_of(model: nn.Module) -> dict[str, Tensor]:
 
 def tune(architecture: Architecture, seed: int = 0, **config: object) -> Tuned:
     """A tiny model with random non-zero states."""
-    base = architecture.build(seed)
+    # Frozen as the adapted model is: whether a weight needs a gradient decides how torch multiplies by it.
+    base = architecture.build(seed).requires_grad_(False)
     arguments = {"alpha": 0.7, "init_weights": 1.0, "l2_lambda": 0.0, **config}
     model = get_peft_model(architecture.build(seed), S0Config(**arguments)).eval()
     return Tuned(architecture, base, model, with_slow_mixers(base, architecture.slow_mixer, states_of(model)))

@@ -82,6 +82,7 @@ class Call:
         cache: the real cache, or None.
         states: float32 [rows, heads, ...], what each row starts from; None when the call continues a sequence.
         held: bool [rows or 1, tokens], positions at which the state must stay as it is; None: nowhere.
+        rows: bool [rows] or [1]: rows whose state is not the base model's zero; None: all.
         kept: the rows whose end the cache keeps; None: the call's own rows, whole.
         tokens: how many tokens of the kept rows are real; None: all.
         restore: brings the mixer's output back to the rows and tokens that it was called with; None: they are the same.
@@ -90,6 +91,7 @@ class Call:
     cache: Any
     states: Tensor | None
     held: Tensor | None
+    rows: Tensor | None = None
     kept: slice | None = None
     tokens: int | None = None
     restore: Callable[[Tensor], Tensor] | None = None
@@ -108,6 +110,7 @@ class Mixer:
         state_shape: from a mixer to the shape of one sequence's state, [heads, ...], as the kernel takes it.
         gates: the projections to freeze at pads.
         cache_argument: name of the forward argument that carries the cache.
+        hears_packing: whether the arguments that describe packed rows reach the mixer from the model's.
     """
 
     path: str
@@ -115,6 +118,7 @@ class Mixer:
     state_shape: Callable[[MixerModule], tuple[int, ...]]
     gates: tuple[Gate, ...] = ()
     cache_argument: str = "cache_params"
+    hears_packing: bool = True
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -126,11 +130,21 @@ class Mixer:
         # Not has_previous_state, which never becomes true of layers that keep several states.
         return cache is not None and cache.get_conv_state(mixer.layer_idx, state_idx=0) is not None
 
+    def resumes(self, tokens: int, pads: Tensor | None, cache: Any) -> bool:
+        """Whether there is something to do in a call that continues a sequence.
+
+        Args:
+            tokens: how many tokens the call has.
+            pads: bool [batch, tokens], its pads; None if there are none.
+            cache: the cache that holds the past.
+        """
+        return pads is not None
+
     def enter(self, mixer: MixerModule, call: Call) -> Any:
         """Prepare a mixer for a call.
 
         Returns:
-            What the mixer is to be called with in place of its cache; the cache itself when the call continues.
+            What the mixer is to be called with in place of its cache.
         """
         if call.held is not None:
             for gate in self.gates:
