@@ -39,7 +39,8 @@ def gradients(tuned: Tuned, loss: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 2e-5) -> None:
+def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 5e-5) -> None:
+    """Relative to the largest; at a zero state the norms behind the mixers take rounding far up."""
     assert actual.keys() == expected.keys()
     for name in expected:
         scale = float(expected[name].abs().max())
@@ -114,16 +115,21 @@ def test_finite_differences(tuned: Tuned) -> None:
     parameters = {name: p for name, p in tuned.model.named_parameters() if p.requires_grad}
     generator = torch.Generator().manual_seed(0)
     random = {name: torch.randn(p.shape, generator=generator) for name, p in parameters.items()}
+    length = norm_of(found)
     for direction in (random, found):
-        norm = sum(float(d.square().sum()) for d in direction.values()) ** 0.5
-        step, losses = 3e-2 / norm, []
+        unit, step, losses = 1 / norm_of(direction), 2e-2, []
         with torch.no_grad():
             for sign in (1, -2, 1):
                 for name, parameter in parameters.items():
-                    parameter.add_(sign * step * direction[name])
+                    parameter.add_(sign * step * unit * direction[name])
                 losses.append(float(loss_of(tuned.model, ids)))
-        slope = sum(float((direction[name] * found[name]).sum()) for name in found)
-        assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(slope, rel=5e-3)
+        slope = unit * sum(float((direction[name] * found[name]).sum()) for name in found)
+        # A random direction is all but orthogonal to the gradient, whose length is the measure then.
+        assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(slope, rel=5e-3, abs=1e-3 * length)
+
+
+def norm_of(tensors: dict[str, Tensor]) -> float:
+    return sum(float(tensor.square().sum()) for tensor in tensors.values()) ** 0.5
 
 
 @pytest.mark.parametrize("padded", [False, True])
