@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from . import padding, taps
+from . import kernels, padding, taps
 from .layer import S0Layer
 from .mixers import Call, parameter_names
 from .packing import PACKING_ARGUMENTS, find_boundaries, find_documents
@@ -133,21 +133,23 @@ def _before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
             kwargs = {**kwargs, "attention_mask": mask[:, -tokens:]}
         return (), {**kwargs, declaration.cache_argument: _enter(mixer, layer, call)}
 
-    documents = find_documents(kwargs, hidden_states)
+    kernels.check_device(declaration.kernels, hidden_states.device)
+    documents = find_documents(kwargs, hidden_states, declaration.gap(mixer) if pads is None else None)
     states, rows = layer.start_states(batch if documents is None else documents.count, hidden_states.device)
     kwargs = dict(kwargs)
     call, added = Call(cache, states, None, rows), None
     if documents is not None:
-        width = max(documents.longest, 2)
-        hidden_states = documents.unpack(hidden_states, width)
-        added = documents.pads(width)
-        pads = None if pads is None else documents.unpack(pads, width)
-        mask = None if mask is None or mask.ndim != 2 else documents.unpack(mask[:, -tokens:], width)
+        hidden_states = documents.unpack(hidden_states)
+        added = documents.pads()
+        pads = None if pads is None else documents.unpack(pads)
+        mask = None if mask is None or mask.ndim != 2 else documents.unpack(mask[:, -tokens:])
         for name in PACKING_ARGUMENTS:
             kwargs.pop(name, None)
+        if documents.boundaries is not None:
+            kwargs["cu_seq_lens_q"] = documents.boundaries
         call.restore = partial(documents.pack, batch=batch)
         # The packed row ends where its last document ends.
-        call.kept, call.tokens = slice(-1, None), None if cache is None else int(documents.lengths[-1])
+        call.kept, call.tokens = slice(-1, None), None if cache is None else documents.end()
     elif tokens == 1:
         if _stays_zero(states):
             return None
@@ -158,7 +160,7 @@ def _before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         pads = None if pads is None else pad(pads, (0, 1))
         mask = None if mask is None or mask.ndim != 2 else pad(mask[:, -1:], (0, 1))
         call.restore = _first_token
-        call.kept, call.tokens = slice(None), 1
+        call.kept, call.tokens = slice(None), slice(0, 1)
     call.held = padding.held_positions(pads, rows, added)
     kwargs.update({"hidden_states": hidden_states, "attention_mask": mask})
     kwargs[declaration.cache_argument] = _enter(mixer, layer, call)

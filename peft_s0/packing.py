@@ -3,6 +3,10 @@
 Each document must start from the initial state. In front of a mixer a packed row becomes one row for each document,
 padded on the right; behind it the documents are laid end to end again. That is exact with every kernel, also on a CPU,
 where base models refuse packed rows or let the state run from one document into the next.
+
+Kernels that take the documents' boundaries and a state for each are spared the padding: the documents stay in one row,
+with just so many zeros between them that the convolution in front of the recurrence keeps them apart. Not every
+convolution reads boundaries, and those that do read them differ.
 """
 
 from __future__ import annotations
@@ -19,43 +23,53 @@ PACKING_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_leng
 
 @dataclass
 class Documents:
-    """Where each token of a batch of packed rows belongs.
+    """Where each token of a batch of packed rows goes.
 
     Args:
-        row: long [batch * tokens], the row that each token's document becomes.
-        position: long [batch * tokens], its place in that document.
-        lengths: long [rows], length of each row's document.
-        longest: length of the longest document.
+        row: long [batch * tokens], the row that each token goes to.
+        column: long [batch * tokens], its place in that row.
+        lengths: long [documents].
+        shape: number of rows and their width.
+        own: how many tokens have a place of their own; those behind them share the last one.
+        boundaries: long [documents + 1], where documents begin and end, if they are all in one row.
     """
 
     row: Tensor
-    position: Tensor
+    column: Tensor
     lengths: Tensor
-    longest: int
+    shape: tuple[int, int]
+    own: int
+    boundaries: Tensor | None
 
     @property
     def count(self) -> int:
-        """How many rows there are."""
+        """How many documents there are."""
         return self.lengths.shape[0]
 
-    def unpack(self, packed: Tensor, width: int) -> Tensor:
+    def unpack(self, packed: Tensor) -> Tensor:
         """[batch, tokens, ...] -> [rows, width, ...], zeros behind each document."""
         flat = packed.reshape(-1, *packed.shape[2:])
-        rows = flat.new_zeros(self.count, width, *flat.shape[1:])
-        own = slice(0, int(self.lengths.sum()))
-        return rows.index_put((self.row[own], self.position[own]), flat[own])
+        rows = flat.new_zeros(*self.shape, *flat.shape[1:])
+        return rows.index_put((self.row[: self.own], self.column[: self.own]), flat[: self.own])
 
     def pack(self, rows: Tensor, batch: int) -> Tensor:
         """[rows, width, ...] -> [batch, tokens, ...]."""
-        flat = rows[self.row, self.position]
+        flat = rows[self.row, self.column]
         return flat.reshape(batch, -1, *flat.shape[1:])
 
-    def pads(self, width: int) -> Tensor:
-        """Bool [rows, width], True behind each document's last token."""
-        return torch.arange(width, device=self.lengths.device) >= self.lengths.unsqueeze(-1)
+    def pads(self) -> Tensor:
+        """Bool [rows, width], True where there is no token."""
+        pads = torch.ones(self.shape, dtype=torch.bool, device=self.row.device)
+        pads[self.row, self.column] = False
+        return pads
+
+    def end(self) -> slice:
+        """The columns of the last document, in the last row."""
+        stop = int(self.column[-1]) + 1
+        return slice(stop - int(self.lengths[-1]), stop)
 
 
-def find_documents(kwargs: dict[str, Any], hidden_states: Tensor) -> Documents | None:
+def find_documents(kwargs: dict[str, Any], hidden_states: Tensor, gap: int | None = None) -> Documents | None:
     """The documents of packed rows, from the arguments of a mixer's call.
 
     Collators that fill a packed row up to a round length make each pad a document of its own. Being the same, they are
@@ -65,6 +79,8 @@ def find_documents(kwargs: dict[str, Any], hidden_states: Tensor) -> Documents |
         kwargs: the call's keyword arguments: `cu_seq_lens_q` (int [documents + 1], cumulative lengths of the one row's
             documents) or `seq_idx` (int [batch, tokens], index of each token's document in its row).
         hidden_states: [batch, tokens, features].
+        gap: None gives each document a row, of two tokens at least; a number keeps all in one row, with so many zeros
+            behind each.
 
     Returns:
         The documents, or None if the rows are not packed.
@@ -78,13 +94,16 @@ def find_documents(kwargs: dict[str, Any], hidden_states: Tensor) -> Documents |
         return None
     lengths = boundaries.diff()
     order = torch.arange(batch * tokens, device=hidden_states.device)
-    row = torch.searchsorted(boundaries, order, right=True) - 1
-    position = order - boundaries[row]
-    same = _same_at_the_end(lengths, hidden_states)
-    if same > 1:
-        lengths = lengths[: lengths.shape[0] - same + 1]
-        row = row.clamp(max=lengths.shape[0] - 1)
-    return Documents(row, position, lengths, int(lengths.max()))
+    document = torch.searchsorted(boundaries, order, right=True) - 1
+    position = order - boundaries[document]
+    shared = max(_same_at_the_end(lengths, hidden_states) - 1, 0)
+    count, own = lengths.shape[0] - shared, batch * tokens - shared
+    lengths, document = lengths[:count], document.clamp(max=count - 1)
+    if gap is None:
+        return Documents(document, position, lengths, (count, max(int(lengths.max()), 2)), own, None)
+    boundaries = boundaries[: count + 1] + gap * torch.arange(count + 1, device=boundaries.device)
+    column = boundaries[document] + position
+    return Documents(torch.zeros_like(column), column, lengths, (1, own + gap * count), own, boundaries)
 
 
 def find_boundaries(position_ids: Tensor | None) -> dict[str, Tensor]:

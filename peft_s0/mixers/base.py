@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels import in_use
 from ..taps import clear, on_output
 from .views import SequenceStart
 
@@ -84,7 +85,7 @@ class Call:
         held: bool [rows or 1, tokens], positions at which the state must stay as it is; None: nowhere.
         rows: bool [rows] or [1]: rows whose state is not the base model's zero; None: all.
         kept: the rows whose end the cache keeps; None: the call's own rows, whole.
-        tokens: how many tokens of the kept rows are real; None: all.
+        tokens: the tokens of the kept rows that are real; None: all.
         restore: brings the mixer's output back to the rows and tokens that it was called with; None: they are the same.
     """
 
@@ -93,7 +94,7 @@ class Call:
     held: Tensor | None
     rows: Tensor | None = None
     kept: slice | None = None
-    tokens: int | None = None
+    tokens: slice | None = None
     restore: Callable[[Tensor], Tensor] | None = None
 
 
@@ -111,6 +112,9 @@ class Mixer:
         gates: the projections to freeze at pads.
         cache_argument: name of the forward argument that carries the cache.
         hears_packing: whether the arguments that describe packed rows reach the mixer from the model's.
+        kernels: the module of the Triton kernels that the mixer runs on where it can be imported; None: there are none.
+        reach: from a mixer to how many tokens its convolution looks back; only if `kernels` take `cu_seq_lens_q` and a
+            state for each of the documents.
     """
 
     path: str
@@ -119,6 +123,8 @@ class Mixer:
     gates: tuple[Gate, ...] = ()
     cache_argument: str = "cache_params"
     hears_packing: bool = True
+    kernels: str | None = None
+    reach: Callable[[MixerModule], int] | None = None
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -139,6 +145,13 @@ class Mixer:
             cache: the cache that holds the past.
         """
         return pads is not None
+
+    def gap(self, mixer: MixerModule) -> int | None:
+        """How many zeros keep documents apart that are run in one row; None: each needs a row of its own."""
+        if self.reach is None or not in_use(self.kernels):
+            return None
+        # One at least, so that a row of one token does not take the path of single steps.
+        return max(self.reach(mixer), 1)
 
     def enter(self, mixer: MixerModule, call: Call) -> Any:
         """Prepare a mixer for a call.

@@ -22,6 +22,8 @@ def _gated_delta_net(path: str, *projections: str) -> None:
             family=FAMILY,
             state_shape=lambda mixer: (mixer.num_v_heads, mixer.head_k_dim, mixer.head_v_dim),
             gates=tuple(Gate(projection) for projection in projections),
+            kernels="fla.ops.gated_delta_rule",
+            reach=lambda mixer: mixer.conv_kernel_size - 1,
         )
     )
 
@@ -37,6 +39,8 @@ def _kimi_delta_attention(path: str) -> None:
             state_shape=state_shape,
             # The forget gate's output is the logarithm of the decay itself.
             gates=(Gate("forget_gate", frozen=0.0), Gate("b_proj")),
+            # They take boundaries, too, but these mixers do not hand them on.
+            kernels="fla.ops.kda",
         )
     )
 

@@ -68,6 +68,8 @@ def _mamba2(path: str, gate: TimeStepGate | None = None) -> None:
             family=FAMILY,
             state_shape=lambda mixer: (mixer.num_heads, mixer.head_dim, mixer.ssm_state_size),
             gates=(gate or TimeStepGate(),),
+            # They take a state for each row, not for each document of a row.
+            kernels="mamba_ssm.ops.triton.ssd_combined",
         )
     )
 

@@ -17,10 +17,12 @@ class SequenceStart:
         cache: the real cache, or None.
         states: float32 [rows, heads, ...], what each row starts from; None for a mixer that is to start from zero.
         kept: the rows whose end the real cache keeps; None: the call's own rows, whole.
-        tokens: how many tokens of the kept rows are real; None: all.
+        tokens: the tokens of the kept rows that are real; None: all.
     """
 
-    def __init__(self, cache: Any, states: Tensor | None, kept: slice | None = None, tokens: int | None = None) -> None:
+    def __init__(
+        self, cache: Any, states: Tensor | None, kept: slice | None = None, tokens: slice | None = None
+    ) -> None:
         self.cache = cache
         self.states = states
         self.kept = kept
@@ -40,7 +42,7 @@ class SequenceStart:
             return conv_states
         if self.kept is None:
             return self.cache.update_conv_state(conv_states, layer_idx, **kwargs)
-        self.cache.update_conv_state(conv_states[self.kept, :, : self.tokens], layer_idx, **kwargs)
+        self.cache.update_conv_state(conv_states[self.kept, :, self.tokens or slice(None)], layer_idx, **kwargs)
         return conv_states
 
     def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, **kwargs: Any) -> Tensor:
