@@ -2,14 +2,20 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+# The Triton kernels have an environment of their own: transformers takes them wherever they are installed.
+KERNELS := .venv-kernels
+RUN_KERNELS := $(KERNELS)/bin/python
 
-.PHONY: quickstart test lint
+.PHONY: quickstart test lint kernels
 
 quickstart: $(VENV)/examples
 	$(RUN) examples/quickstart.py
 
-test: $(VENV)/dev lint
+test: $(VENV)/dev lint kernels
 	$(RUN) -m pytest -n 2
+
+kernels: $(KERNELS)/kernels
+	$(RUN_KERNELS) -m pytest -n 2 -p tests.kernels.interpreter tests/kernels
 
 lint: $(VENV)/dev
 	$(RUN) -m ruff check .
@@ -20,4 +26,13 @@ lint: $(VENV)/dev
 $(VENV)/examples $(VENV)/dev: pyproject.toml constraints.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[$(@F)]"
+	touch $@
+
+# mamba-ssm is built without its CUDA part, for which there may be no compiler, and installed without what only that needs.
+$(KERNELS)/kernels: pyproject.toml constraints.txt constraints-kernels.txt
+	test -x $(RUN_KERNELS) || $(PYTHON) -m venv $(KERNELS)
+	$(RUN_KERNELS) -m pip install --quiet --constraint constraints.txt --constraint constraints-kernels.txt \
+		--editable ".[fla]" triton einops setuptools wheel packaging pytest pytest-timeout pytest-xdist hypothesis
+	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE $(RUN_KERNELS) -m pip install --quiet --no-build-isolation \
+		--no-deps --constraint constraints-kernels.txt mamba-ssm
 	touch $@

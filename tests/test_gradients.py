@@ -29,6 +29,11 @@ def loss_of(model, ids: Tensor, labels: Tensor | None = None, **arguments: objec
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum", ignore_index=-100)
 
 
+def squares_of(model, ids: Tensor, **arguments: object) -> Tensor:
+    """Sum of all squared logits: a loss for sequences of one token."""
+    return model(ids, **arguments).logits.double().square().sum()
+
+
 def gradients(tuned: Tuned, loss: Tensor) -> dict[str, Tensor]:
     tuned.model.zero_grad()
     loss.backward()
@@ -47,11 +52,11 @@ def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor], toleran
         assert float((actual[name] - expected[name]).abs().max()) <= tolerance * scale, name
 
 
-def reference_gradients(tuned: Tuned, rows: list[Tensor]) -> dict[str, Tensor]:
+def reference_gradients(tuned: Tuned, rows: list[Tensor], loss=loss_of) -> dict[str, Tensor]:
     """Gradients by the states' parameters, through the naive twin, of the rows' summed losses."""
     states = {name: state.double().requires_grad_() for name, state in states_of(tuned.model).items()}
     slow = with_slow_mixers(tuned.base, tuned.architecture.slow_mixer, states)
-    sum(loss_of(slow, row[None], use_cache=False) for row in rows).backward()
+    sum(loss(slow, row[None], use_cache=False) for row in rows).backward()
     alpha = tuned.model.peft_config["default"].alpha
     return {
         f"base_model.model.{name}.s0.s0_state.default.weight": alpha * state.grad.float()
@@ -92,20 +97,9 @@ def test_one_token_rows(tuned: Tuned, training: bool) -> None:
     """A loss on the only token's logits, with a cache or without."""
     tuned.model.train(training)
     ids = tuned.ids(3, 1)
-    found = []
+    expected = reference_gradients(tuned, list(ids), squares_of)
     for use_cache in (False, True):
-        logits = tuned.model(ids, use_cache=use_cache).logits
-        found.append(gradients(tuned, logits.square().sum()))
-    states = {name: state.double().requires_grad_() for name, state in states_of(tuned.model).items()}
-    slow = with_slow_mixers(tuned.base, tuned.architecture.slow_mixer, states)
-    slow(ids, use_cache=False).logits.square().sum().backward()
-    alpha = tuned.model.peft_config["default"].alpha
-    expected = {
-        f"base_model.model.{name}.s0.s0_state.default.weight": alpha * state.grad.float()
-        for name, state in states.items()
-    }
-    for actual in found:
-        assert_equal(actual, expected)
+        assert_equal(gradients(tuned, squares_of(tuned.model, ids, use_cache=use_cache)), expected)
 
 
 def test_finite_differences(tuned: Tuned) -> None:

@@ -20,7 +20,12 @@ class SlowMixer(nn.Module):
     Args:
         mixer: the mixer whose weights it uses.
         state: [heads, ...], what every sequence starts from.
+
+    Attributes:
+        final: [batch, heads, ...], what the last call's sequences ended in.
     """
+
+    final: Tensor
 
     def __init__(self, mixer: nn.Module, state: Tensor) -> None:
         super().__init__()

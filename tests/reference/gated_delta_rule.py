@@ -21,6 +21,7 @@ class GatedDeltaRule(SlowMixer):
             error = v[:, t] - torch.einsum("bhkv,bhk->bhv", state, k[:, t])
             state = state + torch.einsum("bhk,bhv->bhkv", k[:, t], b[:, t, :, None] * error)
             outputs.append(torch.einsum("bhkv,bhk->bhv", state, q[:, t]))
+        self.final = state
         out = torch.stack(outputs, dim=1)
         return self.read_out(out.reshape(-1, v.shape[-1]), gate.reshape(-1, v.shape[-1])).view(batch, tokens, -1)
 

@@ -29,6 +29,7 @@ class Mamba2(SlowMixer):
             written = torch.einsum("bhp,bhn->bhpn", dt[:, t, :, None] * values[:, t], b[:, t])
             state = decay[:, t, :, None, None] * state + written
             outputs.append(torch.einsum("bhpn,bhn->bhp", state, c[:, t]) + m.D[:, None] * values[:, t])
+        self.final = state
         out = torch.stack(outputs, dim=1).reshape(batch, tokens, -1)
         return m.out_proj(self.gated_norm(out, gate).double())
 
