@@ -25,14 +25,11 @@ class Kernels:
     long: int
 
 
-GATED_DELTA_RULE = (
-    "chunk_gated_delta_rule_fwd_kernel_h_blockdim64",
-    "chunk_gated_delta_rule_bwd_kernel_dhu_blockdim64",
-)
+CHUNKS = ("chunk_gated_delta_rule_fwd_kernel_h_blockdim64", "chunk_gated_delta_rule_bwd_kernel_dhu_blockdim64")
 MAMBA2 = Kernels("_state_passing_fwd_kernel", "_state_passing_bwd_kernel", "_selective_scan_update_kernel", 18)
 KERNELS = {
-    "qwen3_5": Kernels(*GATED_DELTA_RULE, "fused_recurrent_gated_delta_rule_fwd_kernel", 66),
-    "kimi_linear": Kernels(*GATED_DELTA_RULE, "fused_recurrent_kda_fwd_kernel", 66),
+    "qwen3_5": Kernels(*CHUNKS, "fused_recurrent_gated_delta_rule_fwd_kernel", 66),
+    "kimi_linear": Kernels(*CHUNKS, "fused_recurrent_kda_fwd_kernel", 66),
     "falcon_h1": MAMBA2,
     "mamba2": MAMBA2,
 }
