@@ -85,7 +85,7 @@ class Call:
         held: bool [rows or 1, tokens], positions at which the state must stay as it is; None: nowhere.
         rows: bool [rows] or [1]: rows whose state is not the base model's zero; None: all.
         kept: the rows whose end the cache keeps; None: the call's own rows, whole.
-        tokens: the tokens of the kept rows that are real; None: all.
+        tokens: the columns of the kept rows that are real tokens, wherever there are kept rows and a cache.
         restore: brings the mixer's output back to the rows and tokens that it was called with; None: they are the same.
     """
 

@@ -94,7 +94,7 @@ class _Recurrence:
         if call.kept is None:
             return (final + self.factor[:, -1, :, None, None] * self.states).to(final.dtype)
         # Positions behind the last token have made the states decay: the end of these rows is made anew.
-        k, v, states = self.k[call.kept, : call.tokens], self.v[call.kept, : call.tokens], self.states[call.kept]
+        k, v, states = self.k[call.kept, call.tokens], self.v[call.kept, call.tokens], self.states[call.kept]
         left = torch.arange(k.shape[1] - 1, -1, -1, device=k.device).unsqueeze(-1)
         decay = torch.exp(-self.rate * torch.cat([left[:1] + 1, left]))
         with torch.autocast(k.device.type, enabled=False):

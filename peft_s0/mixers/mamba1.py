@@ -122,7 +122,7 @@ class Scan:
         # Positions behind the last token have made the scanned states decay: the end of these rows is made anew.
         states = self.states[call.kept]
         inputs = (dt, self.signals.x, self.signals.b)
-        for piece in zip(*(part[call.kept, : call.tokens].split(_CHUNK, 1) for part in inputs), strict=True):
+        for piece in zip(*(part[call.kept, call.tokens].split(_CHUNK, 1) for part in inputs), strict=True):
             states = _sparing(_write, states, self.a, *piece)
         return states.reshape(-1, *scanned.shape[1:])
 

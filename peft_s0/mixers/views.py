@@ -17,7 +17,7 @@ class SequenceStart:
         cache: the real cache, or None.
         states: float32 [rows, heads, ...], what each row starts from; None for a mixer that is to start from zero.
         kept: the rows whose end the real cache keeps; None: the call's own rows, whole.
-        tokens: the tokens of the kept rows that are real; None: all.
+        tokens: the columns of the kept rows that are real tokens, wherever there are kept rows and a cache.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class SequenceStart:
             return conv_states
         if self.kept is None:
             return self.cache.update_conv_state(conv_states, layer_idx, **kwargs)
-        self.cache.update_conv_state(conv_states[self.kept, :, self.tokens or slice(None)], layer_idx, **kwargs)
+        self.cache.update_conv_state(conv_states[self.kept, :, self.tokens], layer_idx, **kwargs)
         return conv_states
 
     def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, **kwargs: Any) -> Tensor:

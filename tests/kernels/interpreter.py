@@ -61,6 +61,8 @@ def _stand_in() -> None:
     GridExecutor.__call__ = _count_and_launch
     # Tuning times every configuration of a kernel, for which it wants a GPU. They all compute the same.
     Autotuner.prune_configs = _fastest_interpreted
+    # The kernels mask some values after their exponential. A GPU does not warn of those that overflow.
+    np.seterr(over="ignore")
     # mamba-ssm imports this compiled module as soon as it is imported itself; its Mamba-2 kernels do not call it.
     sys.modules["selective_scan_cuda"] = types.ModuleType("selective_scan_cuda")
     # mamba-ssm makes the GPU of its arguments the current one, and sizes some grids by its number of processors.
