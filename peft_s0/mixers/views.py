@@ -74,7 +74,7 @@ class ScanFromZero(SequenceStart):
         continues: bool,
         end: Callable[[Tensor], Tensor],
         kept: slice | None = None,
-        tokens: int | None = None,
+        tokens: slice | None = None,
     ) -> None:
         super().__init__(cache, None, kept, tokens)
         self.continues = continues
