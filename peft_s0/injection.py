@@ -100,9 +100,15 @@ def _before_backbone(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     packing = {name: arguments[name] for name in PACKING_ARGUMENTS if name in arguments}
     if not packing and arguments.get("attention_mask") is None and not torch.compiler.is_compiling():
         packing = find_boundaries(arguments.get("position_ids"))
-    layers = (layer for layer in backbone.modules() if isinstance(layer, S0Layer))
-    if not packing or not any(layer.participates for layer in layers):
+    layers = [layer for layer in backbone.modules() if isinstance(layer, S0Layer) and layer.participates]
+    if not packing or not layers:
         return None
+    if not all(layer.declaration.hears_packing for layer in layers):
+        raise ValueError(
+            f"{type(backbone).__name__} does not tell its recurrent layers where the documents of packed rows begin, "
+            "so the state would run from one document into the next, also without S0. Pad the rows instead of packing "
+            "them (in TRL: packing=False, padding_free=False)."
+        )
     return args, {**kwargs, **packing}
 
 
@@ -114,18 +120,26 @@ def _before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     if args:
         kwargs = {**dict(zip(parameter_names(type(mixer)), args, strict=False)), **kwargs}
     cache = kwargs.get(declaration.cache_argument)
-    hidden_states, mask = kwargs["hidden_states"], kwargs.get("attention_mask")
+    hidden_states, mask = kwargs[declaration.input_argument], kwargs.get("attention_mask")
     batch, tokens = hidden_states.shape[:2]
     pads = padding.pads_of(mask, tokens)
     if declaration.has_past(mixer, cache):
-        if pads is not None:
-            _, rows = layer.start_states(batch, hidden_states.device)
-            _enter(mixer, layer, Call(cache, None, padding.held_positions(pads, rows, None)))
+        if not declaration.resumes(tokens, pads, cache):
+            return None
+        _, rows = layer.start_states(batch, hidden_states.device)
+        _enter(mixer, layer, Call(cache, None, padding.held_positions(pads, rows, None)))
         return None
+
+    kwargs = dict(kwargs)
+    sequences = declaration.sequences(mixer, kwargs)
+    if sequences is not None:
+        states, rows = layer.start_states(sequences, hidden_states.device)
+        call = Call(cache, states, padding.held_positions(pads, rows, None), arguments=kwargs)
+        kwargs[declaration.cache_argument] = _enter(mixer, layer, call)
+        return (), kwargs
 
     documents = find_documents(kwargs, hidden_states)
     states, rows = layer.start_states(batch if documents is None else documents.count, hidden_states.device)
-    kwargs = dict(kwargs)
     call, added = Call(cache, states, None), None
     if documents is not None:
         width = max(documents.longest, 2)
@@ -150,7 +164,7 @@ def _before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         call.restore = _first_token
         call.kept, call.tokens = slice(None), 1
     call.held = padding.held_positions(pads, rows, added)
-    kwargs.update({"hidden_states": hidden_states, "attention_mask": mask})
+    kwargs.update({declaration.input_argument: hidden_states, "attention_mask": mask})
     kwargs[declaration.cache_argument] = _enter(mixer, layer, call)
     return (), kwargs
 
@@ -168,7 +182,7 @@ def _after_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         return None
     layer.call = None
     layer.declaration.leave(mixer, call)
-    return None if call.restore is None or output is None else call.restore(output)
+    return None if output is None else layer.declaration.returned(call, output)
 
 
 def _stays_zero(states: Tensor) -> bool:

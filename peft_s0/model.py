@@ -17,7 +17,7 @@ from .config import S0Config
 from .injection import CHILD, attach, detach, has_layer, layer_of, unwatch_packing, watch_packing
 from .layer import BASE, MERGE_ERROR, S0Layer
 from .mixers import Mixer, find_mixer, registered_mixers
-from .mixers.refused import looks_recurrent
+from .mixers.refused import looks_recurrent, refused
 
 _STATE_KEY = f".{CHILD}.s0_state."
 
@@ -79,6 +79,9 @@ class S0Model(BaseTuner):
                     f"'{next(iter(mixers))}' ({type(model.get_submodule(next(iter(mixers)))).__name__}); leave "
                     "target_modules at None to adapt all of them."
                 )
+            refusal = mixers[name].refusal(module)
+            if refusal is not None:
+                raise ValueError(f"S0 cannot tune '{name}' ({type(module).__name__}): {refusal}.")
             _check_rank(peft_config, name, mixers[name].state_shape(module))
         if not matched:
             raise ValueError(
@@ -267,6 +270,13 @@ def _mixers(model: nn.Module) -> Iterator[tuple[str, Mixer]]:
 
 def _no_mixers(model: nn.Module) -> str:
     supported = ", ".join(declaration.path.rpartition(".")[2] for declaration in registered_mixers())
+    reasons = refused(model)
+    if reasons:
+        name, reason = next(iter(reasons.items()))
+        return (
+            f"{type(model).__name__} is recurrent, but S0 does not support its {name}: {reason}. Supported are "
+            f"{supported}. For this model use LoRA."
+        )
     recurrent = looks_recurrent(model)
     if recurrent:
         return (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -85,6 +85,7 @@ class Call:
         kept: the rows whose end the cache keeps; None: the call's own rows, whole.
         tokens: how many tokens of the kept rows are real; None: all.
         restore: brings the mixer's output back to the rows and tokens that it was called with; None: they are the same.
+        arguments: what a mixer is called with that takes packed rows apart itself.
     """
 
     cache: Any
@@ -93,6 +94,7 @@ class Call:
     kept: slice | None = None
     tokens: int | None = None
     restore: Callable[[Tensor], Tensor] | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,8 @@ class Mixer:
         state_shape: from a mixer to the shape of one sequence's state, [heads, ...], as the kernel takes it.
         gates: the projections to freeze at pads.
         cache_argument: name of the forward argument that carries the cache.
+        hears_packing: whether the arguments that describe packed rows reach the mixer from the model's.
+        input_argument: name of the forward argument that carries the hidden states [batch, tokens, features].
     """
 
     path: str
@@ -115,6 +119,8 @@ class Mixer:
     state_shape: Callable[[MixerModule], tuple[int, ...]]
     gates: tuple[Gate, ...] = ()
     cache_argument: str = "cache_params"
+    hears_packing: bool = True
+    input_argument: str = "hidden_states"
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -125,6 +131,32 @@ class Mixer:
         """Whether a cache already holds a state of this mixer, so that a call continues a sequence."""
         # Not has_previous_state, which never becomes true of layers that keep several states.
         return cache is not None and cache.get_conv_state(mixer.layer_idx, state_idx=0) is not None
+
+    def refusal(self, mixer: MixerModule) -> str | None:
+        """Why a mixer of this class cannot start from a state after all, as it is configured; None if it can."""
+        return None
+
+    def resumes(self, tokens: int, pads: Tensor | None, cache: Any) -> bool:
+        """Whether there is something to do in a call that continues a sequence.
+
+        Args:
+            tokens: how many tokens the call has.
+            pads: bool [batch, tokens], its pads; None if there are none.
+            cache: the cache that holds the past.
+        """
+        return pads is not None
+
+    def sequences(self, mixer: MixerModule, kwargs: dict[str, Any]) -> int | None:
+        """How many sequences a call starts, if the mixer itself takes packed rows apart and single first tokens.
+
+        Args:
+            mixer: the mixer.
+            kwargs: the call's arguments.
+
+        Returns:
+            The number; None for a mixer whose packed rows and single tokens must be turned into padded rows first.
+        """
+        return None
 
     def enter(self, mixer: MixerModule, call: Call) -> Any:
         """Prepare a mixer for a call.
@@ -141,6 +173,12 @@ class Mixer:
     def start(self, call: Call) -> SequenceStart:
         """The view of the cache at the start of a sequence."""
         return SequenceStart(call.cache, call.states, call.kept, call.tokens)
+
+    def returned(self, call: Call, output: Any) -> Any:
+        """What the mixer's caller gets: the output, brought back to the rows and tokens of the call."""
+        if call.restore is None:
+            return output
+        return (call.restore(output[0]), *output[1:]) if isinstance(output, tuple) else call.restore(output)
 
     def leave(self, mixer: MixerModule, call: Call) -> None:
         """Undo `enter`, also after a mixer that raised."""
