@@ -107,7 +107,7 @@ def comba(m: Layer, x: Tensor, state: Tensor) -> Tensor:
         state = state + k[:, t, :, :, None] * (beta[:, t, :, None] * error)[:, :, None]
         outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], state))
     o = torch.stack(outputs, dim=1)
-    return m.o_proj((normed(o, m.o_norm) * F.silu(heads(m.g_proj(x), m.head_v_dim))).flatten(2))
+    return m.o_proj((normed(o, m.o_norm) * heads(m.g_proj(x), m.head_v_dim).sigmoid()).flatten(2))
 
 
 def delta_net(m: Layer, x: Tensor, state: Tensor) -> Tensor:
@@ -214,7 +214,7 @@ def mamba2(m: Layer, x: Tensor, state: Tensor) -> Tensor:
     z0, x0, z, mixed, dt = m.in_proj(x).split([extra, extra, inner, inner + 2 * group, m.nheads], dim=-1)
     values, b, c = convolve(m.conv1d, mixed).split([inner, group, group], dim=-1)
     b, c = (heads(y, m.d_state).repeat_interleave(m.nheads // m.ngroups, dim=2) for y in (b, c))
-    values, dt = heads(values, m.headdim), F.softplus(dt + m.dt_bias)
+    values, dt = heads(values, m.headdim), F.softplus(dt + m.dt_bias).clamp(*m.dt_limit)
     y = scan(state.mT, c, dt.unsqueeze(-1) * b, values, torch.exp(-m.A_log.exp() * dt).unsqueeze(-1))
     y = (y + m.D[:, None] * values).flatten(2) * F.silu(z)
     if m.rmsnorm:

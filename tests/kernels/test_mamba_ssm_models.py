@@ -28,7 +28,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def build(layer: str = "Mamba2", **options: Any) -> Any:
     torch.manual_seed(0)
-    sizes = {"d_state": 16, "headdim": 16, "chunk_size": 4} if layer == "Mamba2" else {}
+    sizes = {"d_state": 16, "headdim": 16, "chunk_size": 16} if layer == "Mamba2" else {}
     config = MambaConfig(
         d_model=32,
         n_layer=2,
@@ -59,7 +59,7 @@ def ids_of(rows: int, tokens: int) -> Tensor:
 
 
 def relative(actual: Tensor, expected: Tensor, effect: Tensor | float) -> float:
-    return float((actual - expected).abs().max()) / float(effect)
+    return float((actual - expected).detach().abs().max()) / float(effect)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -71,7 +71,7 @@ def test_layer_and_its_gradient_against_the_formula(variant: str) -> None:
     state = weight.detach().double().requires_grad_()
     expected = naive_layers.mamba2(twin, hidden.double(), ALPHA * state.expand(2, *state.shape))
     zero = torch.zeros(2, *state.shape, dtype=torch.float64)
-    effect = (expected - naive_layers.mamba2(twin, hidden.double(), zero)).abs().max()
+    effect = (expected - naive_layers.mamba2(twin, hidden.double(), zero)).detach().abs().max()
     assert effect > 0.3
     assert mixer.use_mem_eff_path
     actual = mixer(hidden)
@@ -84,14 +84,13 @@ def test_layer_and_its_gradient_against_the_formula(variant: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("prompt", [1, 4])
-@pytest.mark.parametrize("variant", ["norm", "no norm"])
+@pytest.mark.parametrize(("variant", "prompt"), [("norm", 3), ("no norm", 1)])
 def test_a_prompt_and_steps(variant: str, prompt: int) -> None:
-    model, ids = tuned(variant), ids_of(2, 7)
+    model, ids = tuned(variant), ids_of(2, 5)
     full = model(ids).logits
     cache = InferenceParams(max_seqlen=8, max_batch_size=2)
     logits = []
-    for start, end in [(0, prompt), *((i, i + 1) for i in range(prompt, 7))]:
+    for start, end in [(0, prompt), *((i, i + 1) for i in range(prompt, 5))]:
         logits.append(model(ids[:, start:end], inference_params=cache).logits)
         cache.seqlen_offset = end
     assert relative(torch.cat(logits, dim=1), full, full.abs().max()) < 3e-6
@@ -103,9 +102,9 @@ def test_generate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: None)
     model, ids = tuned(), ids_of(1, 4)
     expected = ids
-    for _ in range(3):
+    for _ in range(2):
         expected = torch.cat([expected, model(expected).logits[:, -1:].argmax(-1)], dim=1)
-    assert torch.equal(model.generate(input_ids=ids, max_length=7), expected)
+    assert torch.equal(model.generate(input_ids=ids, max_length=6), expected)
 
 
 @torch.no_grad()
