@@ -42,7 +42,7 @@ class S0Config(PeftConfig):
             standard deviation 1, for tests.
         alpha (`float`, *optional*):
             Scale of the state. `None`: the default of the mixers' recurrence family (0.07 gated delta rule, 0.65
-            Mamba-2), written into the config when it meets the model.
+            Mamba-2, 1.0 elsewhere), written into the config when it meets the model.
         train_alpha (`float`, *optional*):
             Scale while the model is in training mode. `None`: `alpha`, as in the paper's algorithm; `1.0`: as in its
             authors' code, which trains the bare state and scales afterwards. `normalize` does not apply to it.

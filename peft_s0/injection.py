@@ -127,8 +127,11 @@ def _before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         if not declaration.resumes(tokens, pads, cache):
             return None
         _, rows = layer.start_states(batch, hidden_states.device)
-        _enter(mixer, layer, Call(cache, None, padding.held_positions(pads, rows, None)))
-        return None
+        call = Call(cache, None, padding.held_positions(pads, rows, None), rows)
+        if mask is not None and pads is not None:
+            # Some models pass the whole sequence's mask on.
+            kwargs = {**kwargs, "attention_mask": mask[:, -tokens:]}
+        return (), {**kwargs, declaration.cache_argument: _enter(mixer, layer, call)}
 
     kwargs = dict(kwargs)
     sequences = declaration.sequences(mixer, kwargs)
@@ -140,7 +143,7 @@ def _before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
     documents = find_documents(kwargs, hidden_states)
     states, rows = layer.start_states(batch if documents is None else documents.count, hidden_states.device)
-    call, added = Call(cache, states, None), None
+    call, added = Call(cache, states, None, rows), None
     if documents is not None:
         width = max(documents.longest, 2)
         hidden_states = documents.unpack(hidden_states, width)

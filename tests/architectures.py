@@ -10,7 +10,8 @@ import reference
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
+from transformers.models.minimax.modeling_minimax import MiniMaxCache
 
 from peft_s0.mixers import find_mixer
 
@@ -48,6 +49,41 @@ LATENT_ATTENTION: dict[str, Any] = {
     "linear_num_heads": 4,
     "linear_head_dim": 16,
 }
+QWEN4: dict[str, Any] = {
+    **COMMON,
+    **ATTENTION,
+    **GATED_DELTA_NET,
+    **EXPERTS,
+    "num_hidden_layers": 4,
+    "hc_count": 2,
+    "hc_lowrank": 8,
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 64,
+    "indexer_compress_ratio": 4,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.5,
+        "mrope_section": [2, 1, 1],
+    },
+}
+IMAGE_TOKENS: dict[str, Any] = {
+    "image_token_id": 120,
+    "video_token_id": 121,
+    "vision_start_token_id": 122,
+    "vision_end_token_id": 123,
+}
+VISION: dict[str, Any] = {
+    "depth": 1,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_heads": 2,
+    "patch_size": 4,
+    "out_hidden_size": 64,
+    "num_position_embeddings": 16,
+}
 MAMBA: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -72,6 +108,7 @@ class Architecture:
         states: how many recurrent layers the tiny model has.
         gain: factor on the mixers' output projections, so that the mixers reach the logits and an error would show.
         cache: the model's argument for its cache.
+        make_cache: makes an empty one from the model's config.
         lacks: what the base model itself cannot do, by the name of the law, with the reason.
     """
 
@@ -84,6 +121,7 @@ class Architecture:
     states: int
     gain: float = 1.0
     cache: str = "past_key_values"
+    make_cache: Callable[[Any], Any] = lambda config: DynamicCache(config=config)
     lacks: tuple[tuple[str, str], ...] = ()
 
     def build(self, seed: int = 0) -> PreTrainedModel:
@@ -94,9 +132,9 @@ class Architecture:
         with torch.no_grad():
             for mixer in mixers(model):
                 for part in mixer.modules():
-                    if hasattr(part, "dt_bias"):
-                        time_step = torch.empty_like(part.dt_bias).uniform_(0.01, 0.1)
-                        part.dt_bias.copy_(time_step.expm1().log())
+                    if hasattr(part, "A_log"):
+                        bias = time_step_bias(part)
+                        bias.copy_(torch.empty_like(bias).uniform_(0.01, 0.1).expm1().log())
                         part.A_log.uniform_(-0.7, 0.7)
                 output_projection(mixer).weight.mul_(self.gain)
         return model
@@ -105,6 +143,12 @@ class Architecture:
 def mixers(model: nn.Module) -> list[nn.Module]:
     """The recurrent mixers of a model."""
     return [module for module in model.modules() if find_mixer(type(module)) is not None]
+
+
+def time_step_bias(part: nn.Module) -> torch.Tensor:
+    """What is added to the logits of the time step, in a part of a mixer that decays by it."""
+    names = [name for name in ("dt_bias", "dt_proj_bias") if hasattr(part, name)]
+    return getattr(part, names[0]) if names else part.dt_proj.bias
 
 
 def output_projection(mixer: nn.Module) -> nn.Module:
@@ -119,8 +163,9 @@ def _row(name: str, model: str, config: Callable[[], Any], slow_mixer: type, **f
 
 MAMBA2: dict[str, Any] = {"alpha": 0.65, "targets": frozenset({"mamba"}), "states": 2}
 
-# GraniteMoeHybrid builds its attention mask without the positions.
+# Masks that are made without the positions.
 LEAKS = "the base model's attention runs across packed documents"
+NGRAMS = "the base model's n-gram embeddings reach across packed documents"
 PACKED = (
     "packed_rows",
     "sequence_index_alone",
@@ -128,6 +173,14 @@ PACKED = (
     "several_packed_rows",
     "packed_row_filled_up_with_pads",
 )
+
+MAMBA1: dict[str, Any] = {"alpha": 1.0, "targets": frozenset({"mamba"})}
+DEAF = tuple(
+    (law, "the base model does not tell its mixers where documents begin")
+    for law in (*PACKED, "a_packed_row_leaves_the_cache_of_its_last_document", "lengths_that_do_not_add_up")
+)
+NO_PAST = (("continued_conversation", "generate() takes no cache of this model back"),)
+NO_MATRIX = (("every_form_of_state_has_a_finite_gradient", "its states have no heads, so they have no rank"),)
 
 ARCHITECTURES = (
     _row(
@@ -292,6 +345,161 @@ ARCHITECTURES = (
         ),
         reference.Mamba2,
         **MAMBA2 | {"targets": None, "states": 4},
+    ),
+    _row(
+        "qwen4_exp",
+        "Qwen4ExpForCausalLM",
+        lambda: transformers.Qwen4ExpTextConfig(**QWEN4),
+        reference.GatedDeltaRule,
+    ),
+    _row(
+        "qwen4_exp_ple",
+        "Qwen4ExpForCausalLM",
+        lambda: transformers.Qwen4ExpTextConfig(
+            **QWEN4,
+            ple_layer_ids=[1],
+            heads_per_ngram=2,
+            ngram_vocab_size_base=50,
+            make_ngram_vocab_size_divisible_by=8,
+            split_ngram_parts=1,
+        ),
+        reference.GatedDeltaRule,
+        lacks=tuple((law, NGRAMS) for law in (*PACKED, "a_packed_row_leaves_the_cache_of_its_last_document")),
+    ),
+    _row(
+        "qwen3_5_vl",
+        "Qwen3_5ForConditionalGeneration",
+        lambda: transformers.Qwen3_5Config(
+            text_config={**COMMON, **ATTENTION, **GATED_DELTA_NET, "intermediate_size": 128, "num_hidden_layers": 4},
+            vision_config=VISION,
+            **IMAGE_TOKENS,
+        ),
+        reference.GatedDeltaRule,
+    ),
+    _row(
+        "qwen3_5_moe_vl",
+        "Qwen3_5MoeForConditionalGeneration",
+        lambda: transformers.Qwen3_5MoeConfig(
+            text_config={**COMMON, **ATTENTION, **GATED_DELTA_NET, **EXPERTS, "num_hidden_layers": 4},
+            vision_config=VISION,
+            **IMAGE_TOKENS,
+        ),
+        reference.GatedDeltaRule,
+    ),
+    _row(
+        "glm5_next",
+        "Glm5NextForConditionalGeneration",
+        lambda: transformers.Glm5NextConfig(
+            text_config={
+                **COMMON,
+                **LATENT_ATTENTION,
+                "qk_rope_head_dim": 0,
+                "qk_nope_head_dim": 16,
+                "q_lora_rank": 16,
+                "num_hidden_layers": 4,
+                "intermediate_size": 64,
+                "n_routed_experts": 4,
+                "num_experts_per_tok": 4,
+                "index_topk": 64,
+                "index_head_dim": 16,
+                "index_n_heads": 2,
+                "index_kpool": 4,
+                "hc_mult": 2,
+            },
+            vision_config={
+                "depth": 1,
+                "hidden_size": 32,
+                "num_heads": 2,
+                "out_hidden_size": 64,
+                "intermediate_size": 32,
+            },
+        ),
+        reference.KimiDeltaAttention,
+        targets=None,
+        lacks=(
+            *((law, LEAKS) for law in PACKED),
+            ("finite_differences", "activations that are cut off at a limit have kinks"),
+        ),
+    ),
+    _row(
+        "mamba",
+        "MambaForCausalLM",
+        lambda: transformers.MambaConfig(**COMMON, state_size=8, num_hidden_layers=2),
+        reference.Mamba1,
+        **MAMBA1 | {"targets": frozenset({"mixer"}), "states": 2},
+        gain=3.0,
+        cache="cache_params",
+        lacks=(*DEAF, *NO_PAST, *NO_MATRIX),
+    ),
+    _row(
+        "falcon_mamba",
+        "FalconMambaForCausalLM",
+        lambda: transformers.FalconMambaConfig(**COMMON, state_size=8, num_hidden_layers=2),
+        reference.NormalizedMamba1,
+        **MAMBA1 | {"targets": frozenset({"mixer"}), "states": 2},
+        cache="cache_params",
+        lacks=(*DEAF, *NO_PAST, *NO_MATRIX),
+    ),
+    _row(
+        "jamba",
+        "JambaForCausalLM",
+        lambda: transformers.JambaConfig(
+            **COMMON,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=64,
+            num_hidden_layers=4,
+            num_experts=2,
+            num_experts_per_tok=2,
+            attn_layer_period=4,
+            attn_layer_offset=2,
+            mamba_d_state=8,
+        ),
+        reference.NormalizedMamba1,
+        **MAMBA1 | {"states": 3},
+        lacks=(*DEAF, *NO_MATRIX),
+    ),
+    _row(
+        "zamba",
+        "ZambaForCausalLM",
+        lambda: transformers.ZambaConfig(
+            **COMMON,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            intermediate_size=64,
+            num_hidden_layers=4,
+            layers_block_type=["linear_attention", "hybrid"] * 2,
+            n_mamba_heads=2,
+            mamba_d_state=8,
+        ),
+        reference.Zamba,
+        **MAMBA1 | {"states": 4},
+        gain=3.0,
+    ),
+    _row(
+        "minimax",
+        "MiniMaxForCausalLM",
+        lambda: transformers.MiniMaxConfig(
+            **COMMON,
+            **ATTENTION,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_local_experts=4,
+            num_experts_per_tok=4,
+            block_size=8,
+            layer_types=["full_attention", "linear_attention", "linear_attention"],
+        ),
+        reference.LightningAttention,
+        alpha=1.0,
+        targets=None,
+        states=2,
+        make_cache=lambda config: MiniMaxCache(),
+        lacks=(
+            ("generate", "its cache does not reorder its states for beams"),
+            ("static_cache_and_reset", "it takes its own cache only"),
+            ("single_token_start_on_a_static_cache", "it takes its own cache only"),
+            ("a_packed_row_leaves_the_cache_of_its_last_document", "its cache has another form"),
+        ),
     ),
 )
 

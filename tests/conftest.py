@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from dataclasses import dataclass
 
 # Before any library asks: no network in tests, and no parallelism within one (pytest-xdist runs several).
@@ -11,7 +10,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import hypothesis
 import pytest
 import torch
-from architectures import MAIN, Architecture
+from architectures import MAIN, VOCABULARY, Architecture
 from peft import PeftModel, get_peft_model
 from reference import with_slow_mixers
 from torch import Tensor, nn
@@ -44,9 +43,9 @@ class Tuned:
     slow: nn.Module
 
     def ids(self, rows: int, tokens: int, seed: int = 0) -> Tensor:
-        """Random token ids [rows, tokens] without special tokens."""
+        """Random token ids [rows, tokens] without special tokens, which stand at both ends of the vocabulary."""
         generator = torch.Generator().manual_seed(seed)
-        return torch.randint(3, self.base.config.vocab_size, (rows, tokens), generator=generator)
+        return torch.randint(3, VOCABULARY - 8, (rows, tokens), generator=generator)
 
     @torch.no_grad()
     def expected(self, ids: Tensor) -> Tensor:
@@ -80,7 +79,8 @@ def states_of(model: nn.Module) -> dict[str, Tensor]:
 
 def tune(architecture: Architecture, seed: int = 0, **config: object) -> Tuned:
     """A tiny model with random non-zero states."""
-    base = architecture.build(seed)
+    # Frozen as the adapted model is: whether a weight needs a gradient decides how torch multiplies by it.
+    base = architecture.build(seed).requires_grad_(False)
     arguments = {"alpha": 0.7, "init_weights": 1.0, "l2_lambda": 0.0, **config}
     model = get_peft_model(architecture.build(seed), S0Config(**arguments)).eval()
     return Tuned(architecture, base, model, with_slow_mixers(base, architecture.slow_mixer, states_of(model)))
@@ -89,9 +89,3 @@ def tune(architecture: Architecture, seed: int = 0, **config: object) -> Tuned:
 @pytest.fixture
 def tuned(architecture: Architecture) -> Tuned:
     return tune(architecture)
-
-
-@pytest.fixture(autouse=True)
-def _expected_warnings() -> None:
-    # Deprecations inside transformers and peft, which this package has no part in.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|trl")

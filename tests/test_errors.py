@@ -48,7 +48,7 @@ def test_recurrent_model_that_is_not_supported() -> None:
         pad_token_id=0,
     )
     with pytest.raises(
-        ValueError, match=r"recurrent, but S0 does not support its Lfm2ShortConv. Supported are .*FalconH1"
+        ValueError, match=r"recurrent, but S0 does not support its Lfm2ShortConv: .*Supported are .*FalconH1"
     ):
         get_peft_model(Lfm2ForCausalLM(config), S0Config())
 

@@ -82,6 +82,7 @@ class Call:
         cache: the real cache, or None.
         states: float32 [rows, heads, ...], what each row starts from; None when the call continues a sequence.
         held: bool [rows or 1, tokens], positions at which the state must stay as it is; None: nowhere.
+        rows: bool [rows] or [1]: rows whose state is not the base model's zero; None: all.
         kept: the rows whose end the cache keeps; None: the call's own rows, whole.
         tokens: how many tokens of the kept rows are real; None: all.
         restore: brings the mixer's output back to the rows and tokens that it was called with; None: they are the same.
@@ -91,6 +92,7 @@ class Call:
     cache: Any
     states: Tensor | None
     held: Tensor | None
+    rows: Tensor | None = None
     kept: slice | None = None
     tokens: int | None = None
     restore: Callable[[Tensor], Tensor] | None = None
@@ -162,7 +164,7 @@ class Mixer:
         """Prepare a mixer for a call.
 
         Returns:
-            What the mixer is to be called with in place of its cache; the cache itself when the call continues.
+            What the mixer is to be called with in place of its cache.
         """
         if call.held is not None:
             for gate in self.gates:

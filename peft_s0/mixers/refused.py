@@ -8,7 +8,7 @@ from torch import nn
 
 # Class names of recurrent mixers follow the names of their recurrences.
 _RECURRENT = re.compile(
-    r"mamba|deltanet|deltaattention|linearattention|lightningattention|rwkv|rglru|lstm|shortconv", re.I
+    r"mamba|deltanet|deltaattention|linearattention|lightningattention|rwkv|rglru|lstm|shortconv|ccaprojection", re.I
 )
 _PARTS = re.compile(r"norm|rotary|cache|model|forcausallm|layer$|block$|config", re.I)
 
@@ -44,12 +44,35 @@ _CLASSES = {
     "mamba_ssm.modules.mamba_simple.Mamba": _NO_STATE_ARGUMENT,
 }
 
+# Why any class of such a name is. The first that fits counts.
+_REASONS = (
+    (re.compile(r"ShortConv$"), "it is a short convolution, which remembers its last few inputs and keeps no state"),
+    (re.compile(r"^ZayaCCAProjection$"), "what it carries from token to token is the last token's value, not a state"),
+    (
+        re.compile(r"^RwkvSelfAttention$"),
+        "its state is a running mean (numerator, denominator and their scale), which no learnt matrix can stand for",
+    ),
+    (
+        re.compile(r"^RecurrentGemmaRglru$"),
+        "it keeps its state in itself, not in a cache, and clears it where a position is 0",
+    ),
+    (
+        re.compile(r"^(xLSTMLayer|mLSTMLayer)$"),
+        "its cache does not tell the start of a sequence from a sequence that goes on, and its model ignores pads",
+    ),
+)
+
 
 def refused(model: nn.Module) -> dict[str, str]:
     """Class names of modules that are known and refused, in the order in which they stand in the model, and why."""
     classes = dict.fromkeys(type(module) for module in model.modules())
-    reasons = {c.__name__: _CLASSES.get(f"{c.__module__}.{c.__qualname__}") for c in classes}
+    reasons = {module_class.__name__: _reason(module_class) for module_class in classes}
     return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def _reason(module_class: type) -> str | None:
+    known = _CLASSES.get(f"{module_class.__module__}.{module_class.__qualname__}")
+    return known or next((reason for pattern, reason in _REASONS if pattern.search(module_class.__name__)), None)
 
 
 def looks_recurrent(model: nn.Module) -> list[str]:

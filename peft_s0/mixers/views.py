@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -25,7 +26,7 @@ class SequenceStart:
         self.kept = kept
         self.tokens = tokens
 
-    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Any:
         """There are no tokens before the first."""
         return
 
@@ -52,3 +53,37 @@ class SequenceStart:
     def is_recording_past(self, layer_idx: int) -> bool:
         """Whether the real cache keeps its past to be rolled back."""
         return self.cache is not None and self.cache.is_recording_past(layer_idx)
+
+
+class ScanFromZero(SequenceStart):
+    """A view of a transformers cache for a mixer that scans from zero, whatever state its cache holds.
+
+    Args:
+        cache: the real cache, or None.
+        continues: whether the call continues a sequence, so that the convolution sees what the cache holds.
+        end: from the final states of a scan from zero [rows, heads, ...] to those that the real cache is to keep.
+        kept: see `SequenceStart`.
+        tokens: see `SequenceStart`.
+    """
+
+    def __init__(
+        self,
+        cache: Any,
+        continues: bool,
+        end: Callable[[Tensor], Tensor],
+        kept: slice | None = None,
+        tokens: int | None = None,
+    ) -> None:
+        super().__init__(cache, None, kept, tokens)
+        self.continues = continues
+        self.end = end
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Any:
+        """The tokens before this call's first, if it continues a sequence."""
+        return self.cache.get_conv_state(layer_idx, state_idx=state_idx) if self.continues else None
+
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, **kwargs: Any) -> Tensor:
+        """Store the states at the end of the call."""
+        if self.cache is not None:
+            self.cache.update_recurrent_state(self.end(recurrent_states), layer_idx, **kwargs)
+        return recurrent_states

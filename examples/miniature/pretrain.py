@@ -1,0 +1,129 @@
+"""Trains the base model of the examples: a Qwen3.5 with three recurrent layers and one of attention, 0.7 M parameters.
+
+    python examples/miniature/pretrain.py
+
+takes nine minutes on one CPU core and writes the folder `examples/models/tiny-qwen3.5`.
+"""
+
+import argparse
+import math
+import sys
+from itertools import islice
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase, Qwen3_5ForCausalLM, Qwen3_5TextConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started as a script, the package is not on the path
+
+from miniature.evaluate import pass_at
+from miniature.task import build_tokenizer, corpus, problems
+
+MODEL_FOLDER = Path(__file__).resolve().parents[1] / "models" / "tiny-qwen3.5"
+
+
+def build_model(tokenizer: PreTrainedTokenizerBase) -> Qwen3_5ForCausalLM:
+    """The untrained model."""
+    config = Qwen3_5TextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=224,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        linear_num_key_heads=4,
+        linear_num_value_heads=4,
+        linear_key_head_dim=32,
+        linear_value_head_dim=32,
+        max_position_embeddings=512,
+        initializer_range=0.08,  # about hidden_size ** -0.5; the default of 0.02 is meant for wide layers
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = Qwen3_5ForCausalLM(config)
+    for layer, layer_type in zip(model.model.layers, config.layer_types, strict=True):
+        if layer_type == "linear_attention":
+            _lengthen_memory(layer.linear_attn)
+    return model
+
+
+@torch.no_grad()
+def _lengthen_memory(mixer: torch.nn.Module) -> None:
+    """Starts the heads of a recurrent layer with memories from a few tokens to a few thousand.
+
+    A head multiplies its state by exp(-A softplus(dt_bias + ...)) at each token. As transformers initialises them,
+    almost all heads forget within a token or two. Neither the author of a document nor a tuned initial state would
+    reach the end of the prompt, and a short training hardly changes that. Hence the time steps of Mamba, log-uniform
+    in [0.001, 0.1].
+    """
+    dt = torch.exp(torch.empty_like(mixer.dt_bias).uniform_(math.log(1e-3), math.log(1e-1)))
+    mixer.dt_bias.copy_(dt.expm1().log())  # the inverse of softplus
+
+
+def train(
+    model: Qwen3_5ForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    steps: int,
+    learning_rate: float,
+    seed: int,
+) -> None:
+    """Trains in place, each step on one fresh batch of the corpus."""
+    decayed = [weight for weight in model.parameters() if weight.ndim == 2]
+    others = [weight for weight in model.parameters() if weight.ndim != 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        lr=learning_rate,
+        betas=(0.9, 0.95),
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=learning_rate, total_steps=steps, pct_start=0.05, cycle_momentum=False
+    )
+    model.train()
+    progress = tqdm(islice(corpus(seed), steps), total=steps, desc="pretraining", unit="batch")
+    for step, documents in enumerate(progress):
+        batch = tokenizer(documents, padding=True, padding_side="right", return_tensors="pt")
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        loss = model(**batch, labels=labels, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 20 == 0:
+            progress.set_postfix(loss=f"{loss.item():.3f}")
+
+
+def main() -> None:
+    """Trains, saves and measures the model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=MODEL_FOLDER, help="folder to write")
+    parser.add_argument("--steps", type=int, default=1000, help="batches of 64 functions")
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="the highest")
+    parser.add_argument("--seed", type=int, default=0, help="of the initial weights and the corpus")
+    arguments = parser.parse_args()
+
+    torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_error()
+    torch.manual_seed(arguments.seed)
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer)
+    print(f"{model.num_parameters():,} parameters, vocabulary of {len(tokenizer)}")
+    train(model, tokenizer, arguments.steps, arguments.learning_rate, arguments.seed)
+    model.half().save_pretrained(arguments.output)
+    tokenizer.save_pretrained(arguments.output)
+    size = sum(file.stat().st_size for file in arguments.output.iterdir())
+    print(f"{arguments.output}: {size / 1e6:.2f} MB")
+
+    model.float()  # the stored weights, in a precision that a CPU is fast at
+    held_out = list(islice(problems("test"), 266))
+    for k in (1, 16):
+        print(f"pass@{k}: {pass_at(k, model, tokenizer, held_out, f'pass@{k}'):.1%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""What base models themselves cannot do: pinned, so that it shows when it changes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, LEAKS, NGRAMS, mixers
+from conftest import tune
+from test_law import packed_arguments
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [row for row in ARCHITECTURES if {LEAKS, NGRAMS} & {reason for _, reason in row.lacks}],
+    ids=lambda row: row.name,
+)
+def test_packed_rows_leak_outside_of_the_mixers(architecture) -> None:
+    """The documents are apart in every mixer: with the same input it gives what it gives the document alone."""
+    tuned = tune(architecture)
+    rows = [tuned.ids(1, 6)[0], tuned.ids(1, 8, seed=1)[0]]
+    packed, inputs, outputs = packed_arguments([6, 8]), [], []
+    handles = []
+    for mixer in mixers(tuned.model):
+        handles.append(mixer.register_forward_hook(lambda m, args, out: outputs.append((m, out))))
+        handles.append(
+            mixer.register_forward_pre_hook(
+                lambda m, args, kwargs: inputs.append(args[0] if args else kwargs["hidden_states"]),
+                with_kwargs=True,
+                prepend=True,
+            )
+        )
+    with torch.no_grad():
+        logits = tuned.model(torch.cat(rows)[None], use_cache=False, **packed).logits
+        for handle in handles:
+            handle.remove()
+        for given, (mixer, found) in zip(inputs, outputs, strict=True):
+            alone = mixer(hidden_states=given[:, 6:])
+            torch.testing.assert_close(found[:, 6:], alone, atol=2e-5, rtol=0)
+        expected = tuned.expected(rows[1][None])
+    assert float((logits[:, 6:] - expected).abs().max()) > 0.05 * tuned.effect(rows[1][None])

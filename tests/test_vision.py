@@ -1,0 +1,47 @@
+"""Text and images through the vision-language classes, which reuse the text models' mixers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from architectures import ARCHITECTURES
+from conftest import tune
+from torch import Tensor
+
+ROWS = [row for row in ARCHITECTURES if row.name.endswith("_vl")]
+
+
+def picture(tuned, text: Tensor) -> dict[str, Tensor]:
+    """An image of 4 x 4 patches, 4 tokens, in front of each row of text."""
+    config = tuned.base.config
+    rows = text.shape[0]
+    image = torch.full((rows, 4), config.image_token_id)
+    start, end = (torch.full((rows, 1), token) for token in (config.vision_start_token_id, config.vision_end_token_id))
+    ids = torch.cat([start, image, end, text], dim=1)
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "input_ids": ids,
+        "pixel_values": torch.randn(rows * 16, 3 * 2 * 4 * 4, generator=generator),
+        "image_grid_thw": torch.tensor([[1, 4, 4]] * rows),
+        "mm_token_type_ids": (ids == config.image_token_id).int(),
+    }
+
+
+@pytest.mark.parametrize("architecture", ROWS, ids=lambda row: row.name)
+def test_images(architecture) -> None:
+    tuned = tune(architecture)
+    inputs = picture(tuned, tuned.ids(2, 9))
+    with torch.no_grad():
+        expected = tuned.slow(
+            **inputs | {"pixel_values": inputs["pixel_values"].double()}, use_cache=False
+        ).logits.float()
+        base = tuned.base(**inputs).logits
+        effect = float((expected - base).abs().max())
+        tuned.assert_equal(tuned.model(**inputs).logits, expected, effect)
+        padding = torch.zeros(2, 5, dtype=torch.long)
+        padded = {name: torch.cat([padding, inputs[name]], dim=1) for name in ("input_ids", "mm_token_type_ids")}
+        mask = torch.cat([padding, torch.ones_like(inputs["input_ids"])], dim=1)
+        logits = tuned.model(**inputs | padded, attention_mask=mask).logits[:, 5:]
+        tuned.assert_equal(logits, expected, effect, tolerance=3e-5)
+        generated = tuned.model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        assert generated.shape[1] == inputs["input_ids"].shape[1] + 4
