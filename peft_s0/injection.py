@@ -120,7 +120,7 @@ def _before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     if args:
         kwargs = {**dict(zip(parameter_names(type(mixer)), args, strict=False)), **kwargs}
     cache = kwargs.get(declaration.cache_argument)
-    hidden_states, mask = kwargs["hidden_states"], kwargs.get("attention_mask")
+    hidden_states, mask = kwargs[declaration.input_argument], kwargs.get("attention_mask")
     batch, tokens = hidden_states.shape[:2]
     pads = padding.pads_of(mask, tokens)
     if declaration.has_past(mixer, cache):
@@ -134,9 +134,16 @@ def _before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         return (), {**kwargs, declaration.cache_argument: _enter(mixer, layer, call)}
 
     kernels.check_device(declaration.kernels, hidden_states.device)
+    kwargs = dict(kwargs)
+    sequences = declaration.sequences(mixer, kwargs)
+    if sequences is not None:
+        states, rows = layer.start_states(sequences, hidden_states.device)
+        call = Call(cache, states, padding.held_positions(pads, rows, None), arguments=kwargs)
+        kwargs[declaration.cache_argument] = _enter(mixer, layer, call)
+        return (), kwargs
+
     documents = find_documents(kwargs, hidden_states, declaration.gap(mixer) if pads is None else None)
     states, rows = layer.start_states(batch if documents is None else documents.count, hidden_states.device)
-    kwargs = dict(kwargs)
     call, added = Call(cache, states, None, rows), None
     if documents is not None:
         hidden_states = documents.unpack(hidden_states)
@@ -162,7 +169,7 @@ def _before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         call.restore = _first_token
         call.kept, call.tokens = slice(None), slice(0, 1)
     call.held = padding.held_positions(pads, rows, added)
-    kwargs.update({"hidden_states": hidden_states, "attention_mask": mask})
+    kwargs.update({declaration.input_argument: hidden_states, "attention_mask": mask})
     kwargs[declaration.cache_argument] = _enter(mixer, layer, call)
     return (), kwargs
 
@@ -180,9 +187,7 @@ def _after_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         return None
     layer.call = None
     layer.declaration.leave(mixer, call)
-    if call.restore is None or output is None:
-        return None
-    return (call.restore(output[0]), *output[1:]) if isinstance(output, tuple) else call.restore(output)
+    return None if output is None else layer.declaration.returned(call, output)
 
 
 def _stays_zero(states: Tensor) -> bool:

@@ -79,6 +79,9 @@ class S0Model(BaseTuner):
                     f"'{next(iter(mixers))}' ({type(model.get_submodule(next(iter(mixers)))).__name__}); leave "
                     "target_modules at None to adapt all of them."
                 )
+            refusal = mixers[name].refusal(module)
+            if refusal is not None:
+                raise ValueError(f"S0 cannot tune '{name}' ({type(module).__name__}): {refusal}.")
             _check_rank(peft_config, name, mixers[name].state_shape(module))
         if not matched:
             raise ValueError(

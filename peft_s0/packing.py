@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 # What collators say of a packed row. A mixer must not see any of it once the row is taken apart.
-PACKING_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+PACKING_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "cu_seqlens")
 
 
 @dataclass

@@ -27,7 +27,7 @@ def install(mixer: nn.Module, parts: tuple[str, ...]) -> list[RemovableHandle]:
 
     Args:
         mixer: the mixer.
-        parts: attributes that hold the parts.
+        parts: attributes that hold the parts; a mixer may lack some.
 
     Returns:
         Handles of the hooks that were added.
@@ -66,11 +66,10 @@ def on_input(mixer: nn.Module, part: str, action: Action | None) -> None:
 def clear(mixer: nn.Module, parts: tuple[str, ...]) -> None:
     """Take all actions off."""
     for part in parts:
-        module = _tapped(mixer, part)
-        if getattr(module, _OUTPUT) is not None:
-            setattr(module, _OUTPUT, None)
-        if getattr(module, _INPUT) is not None:
-            setattr(module, _INPUT, None)
+        for module in _wrapped(mixer, part):
+            for action in (_OUTPUT, _INPUT):
+                if vars(module).get(action) is not None:
+                    setattr(module, action, None)
 
 
 def _before_part(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -88,7 +87,7 @@ def _after_part(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Ten
 
 def _wrapped(mixer: nn.Module, part: str) -> Iterator[nn.Module]:
     """A part and what it wraps: adapters (LoRA) put themselves in a part's place and keep it as `base_layer`."""
-    module = getattr(mixer, part)
+    module = getattr(mixer, part, None)
     while isinstance(module, nn.Module):
         yield module
         module = getattr(module, "base_layer", None)

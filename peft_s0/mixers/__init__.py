@@ -1,6 +1,6 @@
 """The recurrent mixers that S0 knows: one file for each recurrence, one declaration for each architecture."""
 
-from . import gated_delta_rule, lightning_attention, mamba1, mamba2
+from . import fla, gated_delta_rule, lightning_attention, mamba1, mamba2, mamba_ssm
 from .base import Call, Family, Gate, Mixer, find_mixer, parameter_names, register_mixer, registered_mixers
 
 __all__ = [
@@ -9,10 +9,12 @@ __all__ = [
     "Gate",
     "Mixer",
     "find_mixer",
+    "fla",
     "gated_delta_rule",
     "lightning_attention",
     "mamba1",
     "mamba2",
+    "mamba_ssm",
     "parameter_names",
     "register_mixer",
     "registered_mixers",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -85,8 +85,9 @@ class Call:
         held: bool [rows or 1, tokens], positions at which the state must stay as it is; None: nowhere.
         rows: bool [rows] or [1]: rows whose state is not the base model's zero; None: all.
         kept: the rows whose end the cache keeps; None: the call's own rows, whole.
-        tokens: the columns of the kept rows that are real tokens, wherever there are kept rows and a cache.
+        tokens: the tokens of the kept rows that are real; None: all.
         restore: brings the mixer's output back to the rows and tokens that it was called with; None: they are the same.
+        arguments: what a mixer is called with that takes packed rows apart itself.
     """
 
     cache: Any
@@ -96,6 +97,7 @@ class Call:
     kept: slice | None = None
     tokens: slice | None = None
     restore: Callable[[Tensor], Tensor] | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,7 @@ class Mixer:
         kernels: the module of the Triton kernels that the mixer runs on where it can be imported; None: there are none.
         reach: from a mixer to how many tokens its convolution looks back; only if `kernels` take `cu_seq_lens_q` and a
             state for each of the documents.
+        input_argument: name of the forward argument that carries the hidden states [batch, tokens, features].
     """
 
     path: str
@@ -125,6 +128,7 @@ class Mixer:
     hears_packing: bool = True
     kernels: str | None = None
     reach: Callable[[MixerModule], int] | None = None
+    input_argument: str = "hidden_states"
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -135,6 +139,10 @@ class Mixer:
         """Whether a cache already holds a state of this mixer, so that a call continues a sequence."""
         # Not has_previous_state, which never becomes true of layers that keep several states.
         return cache is not None and cache.get_conv_state(mixer.layer_idx, state_idx=0) is not None
+
+    def refusal(self, mixer: MixerModule) -> str | None:
+        """Why a mixer of this class cannot start from a state after all, as it is configured; None if it can."""
+        return None
 
     def resumes(self, tokens: int, pads: Tensor | None, cache: Any) -> bool:
         """Whether there is something to do in a call that continues a sequence.
@@ -153,6 +161,18 @@ class Mixer:
         # One at least, so that a row of one token does not take the path of single steps.
         return max(self.reach(mixer), 1)
 
+    def sequences(self, mixer: MixerModule, kwargs: dict[str, Any]) -> int | None:
+        """How many sequences a call starts, if the mixer itself takes packed rows apart and single first tokens.
+
+        Args:
+            mixer: the mixer.
+            kwargs: the call's arguments.
+
+        Returns:
+            The number; None for a mixer whose packed rows and single tokens must be turned into padded rows first.
+        """
+        return None
+
     def enter(self, mixer: MixerModule, call: Call) -> Any:
         """Prepare a mixer for a call.
 
@@ -168,6 +188,12 @@ class Mixer:
     def start(self, call: Call) -> SequenceStart:
         """The view of the cache at the start of a sequence."""
         return SequenceStart(call.cache, call.states, call.kept, call.tokens)
+
+    def returned(self, call: Call, output: Any) -> Any:
+        """What the mixer's caller gets: the output, brought back to the rows and tokens of the call."""
+        if call.restore is None:
+            return output
+        return (call.restore(output[0]), *output[1:]) if isinstance(output, tuple) else call.restore(output)
 
     def leave(self, mixer: MixerModule, call: Call) -> None:
         """Undo `enter`, also after a mixer that raised."""
