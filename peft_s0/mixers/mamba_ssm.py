@@ -150,5 +150,6 @@ register_mixer(
         path="mamba_ssm.modules.mamba2.Mamba2",
         family=mamba2.FAMILY,
         state_shape=lambda mixer: (mixer.nheads, mixer.headdim, mixer.d_state),
+        kernels="mamba_ssm.ops.triton.ssd_combined",
     )
 )
