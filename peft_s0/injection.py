@@ -86,9 +86,12 @@ def _backbones(model: nn.Module) -> list[nn.Module]:
 
 def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     announced = {name: kwargs[name] for name in ("position_ids", *PACKING_ARGUMENTS) if kwargs.get(name) is not None}
-    if announced:
-        for backbone in _backbones(model):
-            setattr(backbone, _ANNOUNCED, announced)
+    if all(name == "position_ids" and positions.shape[-1] == 1 for name, positions in announced.items()):
+        # Decoding: nothing is packed, and nothing may be looked for in each step.
+        return
+    for module in model.modules():
+        if module is not model and _WATCH in vars(module):
+            setattr(module, _ANNOUNCED, announced)
 
 
 def _before_backbone(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -100,8 +103,10 @@ def _before_backbone(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     packing = {name: arguments[name] for name in PACKING_ARGUMENTS if name in arguments}
     if not packing and arguments.get("attention_mask") is None and not torch.compiler.is_compiling():
         packing = find_boundaries(arguments.get("position_ids"))
+    if not packing:
+        return None
     layers = [layer for layer in backbone.modules() if isinstance(layer, S0Layer) and layer.participates]
-    if not packing or not layers:
+    if not layers:
         return None
     if not all(layer.declaration.hears_packing for layer in layers):
         raise ValueError(
