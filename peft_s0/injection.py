@@ -11,16 +11,17 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from . import kernels, padding, taps
 from .layer import S0Layer
-from .mixers import Call, parameter_names
-from .packing import PACKING_ARGUMENTS, find_boundaries, find_documents
+from .mixers import Call, find_mixer, parameter_names
+from .packing import PACKING_ARGUMENTS, Carried, find_boundaries, find_documents
 
 CHILD = "s0"
-_WATCH, _ANNOUNCED = "s0_watch", "s0_announced"
+_WATCH, _ANNOUNCED, _COURIER = "s0_watch", "s0_announced", "s0_courier"
 
 
 def layer_of(mixer: nn.Module) -> S0Layer:
@@ -57,9 +58,17 @@ def watch_packing(model: nn.Module) -> None:
     """Hook a model and the backbones above its tuned mixers, so that packed rows are seen wherever they are announced.
 
     Positions do not reach a mixer, and some models drop what they do not know on the way to their backbone. What is
-    added to a backbone's arguments reaches every mixer, also when gradient checkpointing runs a layer again.
+    added to a backbone's arguments reaches every mixer, also when gradient checkpointing runs a layer again. Where it
+    does not, the layer around the mixer is hooked as well, and an argument that it hands on carries it.
     """
-    for module, hook in [(model, _before_model), *((backbone, _before_backbone) for backbone in _backbones(model))]:
+    modules = dict(model.named_modules())
+    watched = [(model, _before_model), *((modules[name], _before_backbone) for name in _backbones(modules))]
+    for name, mixer in modules.items():
+        if has_layer(mixer) and layer_of(mixer).declaration.courier is not None and name:
+            block = modules[name.rpartition(".")[0]]
+            setattr(block, _COURIER, layer_of(mixer).declaration.courier)
+            watched.append((block, _before_block))
+    for module, hook in watched:
         if _WATCH not in vars(module):
             setattr(module, _WATCH, module.register_forward_pre_hook(hook, with_kwargs=True))
 
@@ -71,17 +80,18 @@ def unwatch_packing(model: nn.Module) -> None:
             if _WATCH in vars(module):
                 vars(module).pop(_WATCH).remove()
                 vars(module).pop(_ANNOUNCED, None)
+                vars(module).pop(_COURIER, None)
 
 
-def _backbones(model: nn.Module) -> list[nn.Module]:
-    modules, found = dict(model.named_modules()), []
+def _backbones(modules: dict[str, nn.Module]) -> list[str]:
+    found = {}
     for name, module in modules.items():
         while has_layer(module) and name:
             name = name.rpartition(".")[0]
             if name and "inputs_embeds" in parameter_names(type(modules[name])):
-                found.append(modules[name])
+                found[name] = True
                 break
-    return found
+    return list(found)
 
 
 def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -90,7 +100,7 @@ def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         # Decoding: nothing is packed, and nothing may be looked for in each step.
         return
     for module in model.modules():
-        if module is not model and _WATCH in vars(module):
+        if module is not model and _WATCH in vars(module) and _COURIER not in vars(module):
             setattr(module, _ANNOUNCED, announced)
 
 
@@ -108,13 +118,43 @@ def _before_backbone(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     layers = [layer for layer in backbone.modules() if isinstance(layer, S0Layer) and layer.participates]
     if not layers:
         return None
-    if not all(layer.declaration.hears_packing for layer in layers):
+    blocks = [block for block in backbone.modules() if _COURIER in vars(block)]
+    if not blocks:
+        return args, {**kwargs, **packing}
+    _check_couriers(backbone, blocks, len(layers))
+    for block in blocks:
+        setattr(block, _ANNOUNCED, packing)
+    return None
+
+
+def _check_couriers(backbone: nn.Module, blocks: list[nn.Module], layers: int) -> None:
+    """Refuse packed rows where a document would run into the next without anybody noticing."""
+    name, mixers = type(backbone).__name__, [m for m in backbone.modules() if find_mixer(type(m)) is not None]
+    if layers < len(mixers):
         raise ValueError(
-            f"{type(backbone).__name__} does not tell its recurrent layers where the documents of packed rows begin, "
-            "so the state would run from one document into the next, also without S0. Pad the rows instead of packing "
-            "them (in TRL: packing=False, padding_free=False)."
+            f"{name} does not tell its recurrent layers where the documents of packed rows begin. S0 tells those that "
+            f"it tunes, here {layers} of {len(mixers)}; in the others the state would run from one document into the "
+            "next, also without S0. Tune all of them, or pad the rows instead of packing them (in TRL: packing=False, "
+            "padding_free=False)."
         )
-    return args, {**kwargs, **packing}
+    for block in blocks:
+        # Up to transformers 5.22 a layer that is run again runs its hooks again, when nothing is announced any more.
+        if getattr(block, "gradient_checkpointing", False) and not hasattr(type(block).forward, "__wrapped__"):
+            raise ValueError(
+                f"Packed rows of {name} under gradient checkpointing need transformers >= 5.23, found "
+                f"{transformers.__version__}. Upgrade it, pad the rows, or switch checkpointing off."
+            )
+
+
+def _before_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    packing = vars(block).pop(_ANNOUNCED, None)
+    if packing is None:
+        return None
+    courier = getattr(block, _COURIER)
+    place = parameter_names(type(block)).index(courier)
+    if place < len(args):
+        return (*args[:place], Carried(args[place], packing), *args[place + 1 :]), kwargs
+    return args, {**kwargs, courier: Carried(kwargs.get(courier), packing)}
 
 
 def _before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -124,11 +164,13 @@ def _before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     declaration = layer.declaration
     if args:
         kwargs = {**dict(zip(parameter_names(type(mixer)), args, strict=False)), **kwargs}
+    if declaration.courier is not None:
+        kwargs = _unload(kwargs, declaration.courier)
     cache = kwargs.get(declaration.cache_argument)
     hidden_states, mask = kwargs[declaration.input_argument], kwargs.get("attention_mask")
     batch, tokens = hidden_states.shape[:2]
     pads = padding.pads_of(mask, tokens)
-    if declaration.has_past(mixer, cache):
+    if declaration.has_past(mixer, kwargs):
         if not declaration.resumes(tokens, pads, cache):
             return None
         _, rows = layer.start_states(batch, hidden_states.device)
@@ -177,6 +219,12 @@ def _before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     kwargs.update({declaration.input_argument: hidden_states, "attention_mask": mask})
     kwargs[declaration.cache_argument] = _enter(mixer, layer, call)
     return (), kwargs
+
+
+def _unload(kwargs: dict[str, Any], courier: str) -> dict[str, Any]:
+    """Put what an argument carries beside it."""
+    carried = kwargs.get(courier)
+    return {**kwargs, courier: carried.value, **carried.packing} if isinstance(carried, Carried) else kwargs
 
 
 def _enter(mixer: nn.Module, layer: S0Layer, call: Call) -> Any:

@@ -12,13 +12,27 @@ convolution reads boundaries, and those that do read them differ.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 # What collators say of a packed row. A mixer must not see any of it once the row is taken apart.
 PACKING_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "cu_seqlens")
+
+
+class Carried(NamedTuple):
+    """An argument of the layer around a mixer that also carries what describes packed rows.
+
+    Some layers hand on to their mixer only what they know, so that it has to travel with an argument that they do know.
+
+    Args:
+        value: the argument itself.
+        packing: what describes packed rows, by the names in `PACKING_ARGUMENTS`.
+    """
+
+    value: Any
+    packing: dict[str, Any]
 
 
 @dataclass

@@ -175,10 +175,6 @@ PACKED = (
 )
 
 MAMBA1: dict[str, Any] = {"alpha": 1.0, "targets": frozenset({"mamba"})}
-DEAF = tuple(
-    (law, "the base model does not tell its mixers where documents begin")
-    for law in (*PACKED, "a_packed_row_leaves_the_cache_of_its_last_document", "lengths_that_do_not_add_up")
-)
 NO_PAST = (("continued_conversation", "generate() takes no cache of this model back"),)
 NO_MATRIX = (("every_form_of_state_has_a_finite_gradient", "its states have no heads, so they have no rank"),)
 
@@ -429,7 +425,7 @@ ARCHITECTURES = (
         **MAMBA1 | {"targets": frozenset({"mixer"}), "states": 2},
         gain=3.0,
         cache="cache_params",
-        lacks=(*DEAF, *NO_PAST, *NO_MATRIX),
+        lacks=(*NO_PAST, *NO_MATRIX),
     ),
     _row(
         "falcon_mamba",
@@ -438,7 +434,7 @@ ARCHITECTURES = (
         reference.NormalizedMamba1,
         **MAMBA1 | {"targets": frozenset({"mixer"}), "states": 2},
         cache="cache_params",
-        lacks=(*DEAF, *NO_PAST, *NO_MATRIX),
+        lacks=(*NO_PAST, *NO_MATRIX),
     ),
     _row(
         "jamba",
@@ -457,7 +453,7 @@ ARCHITECTURES = (
         ),
         reference.NormalizedMamba1,
         **MAMBA1 | {"states": 3},
-        lacks=(*DEAF, *NO_MATRIX),
+        lacks=NO_MATRIX,
     ),
     _row(
         "zamba",

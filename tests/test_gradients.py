@@ -141,6 +141,23 @@ def test_gradient_checkpointing(architecture: Architecture, use_reentrant: bool,
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_of_packed_rows(architecture: Architecture, use_reentrant: bool) -> None:
+    """A layer that is run again finds the same documents, also when other rows went through it in between."""
+    tuned = tune(architecture)
+    ids, arguments = tuned.ids(1, 15), packed_arguments([9, 6])
+    tuned.model.train()
+    expected = gradients(tuned, loss_of(tuned.model, ids, use_cache=False, **arguments))
+    tuned.model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    tuned.model.enable_input_require_grads()
+    loss = loss_of(tuned.model, ids, use_cache=False, **arguments)
+    with torch.no_grad():
+        tuned.model.eval()(tuned.ids(1, 12), use_cache=False, **packed_arguments([3, 9]))
+    tuned.model.train()
+    actual = gradients(tuned, loss)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
 @pytest.mark.parametrize(
     "config", [{"normalize": True}, {"rank": 2}, {"train_alpha": 1.0}, {"init_weights": True, "normalize": True}]
 )

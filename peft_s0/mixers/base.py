@@ -113,7 +113,8 @@ class Mixer:
         state_shape: from a mixer to the shape of one sequence's state, [heads, ...], as the kernel takes it.
         gates: the projections to freeze at pads.
         cache_argument: name of the forward argument that carries the cache.
-        hears_packing: whether the arguments that describe packed rows reach the mixer from the model's.
+        courier: an argument that the layer around the mixer hands on to it and that can carry what describes packed
+            rows, if the model drops that on the way; None: it reaches the mixer by itself.
         kernels: the module of the Triton kernels that the mixer runs on where it can be imported; None: there are none.
         reach: from a mixer to how many tokens its convolution looks back; only if `kernels` take `cu_seq_lens_q` and a
             state for each of the documents.
@@ -125,7 +126,7 @@ class Mixer:
     state_shape: Callable[[MixerModule], tuple[int, ...]]
     gates: tuple[Gate, ...] = ()
     cache_argument: str = "cache_params"
-    hears_packing: bool = True
+    courier: str | None = None
     kernels: str | None = None
     reach: Callable[[MixerModule], int] | None = None
     input_argument: str = "hidden_states"
@@ -135,8 +136,14 @@ class Mixer:
         """Attributes of the mixer that are tapped."""
         return tuple(gate.projection for gate in self.gates)
 
-    def has_past(self, mixer: MixerModule, cache: Any) -> bool:
-        """Whether a cache already holds a state of this mixer, so that a call continues a sequence."""
+    def has_past(self, mixer: MixerModule, arguments: dict[str, Any]) -> bool:
+        """Whether a call continues a sequence, since its cache already holds a state of this mixer.
+
+        Args:
+            mixer: the mixer.
+            arguments: the call's arguments by name.
+        """
+        cache = arguments.get(self.cache_argument)
         # Not has_previous_state, which never becomes true of layers that keep several states.
         return cache is not None and cache.get_conv_state(mixer.layer_idx, state_idx=0) is not None
 

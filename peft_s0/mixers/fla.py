@@ -88,8 +88,9 @@ class FLAMixer(Mixer):
             f"{' or '.join(map(repr, self.modes))}"
         )
 
-    def has_past(self, mixer: MixerModule, cache: Any) -> bool:
+    def has_past(self, mixer: MixerModule, arguments: dict[str, Any]) -> bool:
         """See `Mixer.has_past`."""
+        cache = arguments.get(self.cache_argument)
         if cache is None or len(cache) <= mixer.layer_idx:
             return False
         entry = cache[mixer.layer_idx]
@@ -200,7 +201,7 @@ _layer(
     _key_first,
     modes=("chunk", "fused_chunk", "fused_recurrent"),
     # Its model drops cu_seqlens.
-    hears_packing=False,
+    courier="attention_mask",
 )
 _layer(
     "rwkv7.RWKV7Attention",

@@ -108,8 +108,9 @@ class LightningAttention(Mixer):
 
     parts: tuple[str, ...] = ("qkv_proj", "norm")
 
-    def has_past(self, mixer: MixerModule, cache: Any) -> bool:
+    def has_past(self, mixer: MixerModule, arguments: dict[str, Any]) -> bool:
         """See `Mixer.has_past`."""
+        cache = arguments.get(self.cache_argument)
         return cache is not None and cache.get_linear_cache(mixer.layer_idx) is not None
 
     def resumes(self, tokens: int, pads: Tensor | None, cache: Any) -> bool:

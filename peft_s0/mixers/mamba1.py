@@ -241,7 +241,7 @@ def _mamba1(path: str, **fields: Any) -> None:
     register_mixer(Mamba1Mixer(path=f"transformers.models.{path}", family=FAMILY, state_shape=state_shape, **fields))
 
 
-_mamba1("mamba.modeling_mamba.MambaMixer", hears_packing=False)
-_mamba1("falcon_mamba.modeling_falcon_mamba.FalconMambaMixer", hears_packing=False)
-_mamba1("jamba.modeling_jamba.JambaMambaMixer", hears_packing=False)
+_mamba1("mamba.modeling_mamba.MambaMixer", courier="attention_mask")
+_mamba1("falcon_mamba.modeling_falcon_mamba.FalconMambaMixer", courier="attention_mask")
+_mamba1("jamba.modeling_jamba.JambaMambaMixer", courier="attention_mask")
 _mamba1("zamba.modeling_zamba.ZambaMambaMixer", scan=HeadedScan, parts=("in_proj", "out_proj"))

@@ -111,8 +111,9 @@ class Mamba2Mixer(Mixer):
         """See `Mixer.refusal`."""
         return None if mixer.process_group is None else "tensor parallelism splits its heads between processes"
 
-    def has_past(self, mixer: MixerModule, cache: Any) -> bool:
+    def has_past(self, mixer: MixerModule, arguments: dict[str, Any]) -> bool:
         """See `Mixer.has_past`."""
+        cache = arguments.get(self.cache_argument)
         return cache is not None and cache.seqlen_offset > 0
 
     def sequences(self, mixer: MixerModule, kwargs: dict[str, Any]) -> int:

@@ -98,7 +98,7 @@ CASES = {
             {**HEADS, "expand_v": 1, "num_householder": 2},
         ),
         Case(layers.MultiScaleRetention, "RetNet", naive_layers.retention, {"num_heads": 2}),
-        Case(layers.LinearAttention, "LinearAttention", naive_layers.linear_attention, {"num_heads": 2}, packs=False),
+        Case(layers.LinearAttention, "LinearAttention", naive_layers.linear_attention, {"num_heads": 2}),
         Case(layers.RWKV7Attention, "RWKV7", naive_layers.rwkv7, SIZES, tolerance=3e-5),
         Case(
             layers.RWKV6Attention,
@@ -260,8 +260,6 @@ def test_packed_rows_that_would_leak_are_refused() -> None:
     ids, boundaries = ids_of(1, 6), torch.tensor([0, 4, 6])
     with pytest.raises(ValueError, match="RWKV6Attention of fla does not run packed rows"):
         tuned(CASES["RWKV6Attention"])(ids, cu_seqlens=boundaries)
-    with pytest.raises(ValueError, match="LinearAttentionModel does not tell its recurrent layers"):
-        tuned(CASES["LinearAttention"])(ids, cu_seqlens=boundaries)
     with pytest.raises(ValueError, match=r"GatedLinearAttention does not read cu_seq_lens_q.*as cu_seqlens"):
         tuned(CASES["GatedLinearAttention"])(ids, cu_seq_lens_q=boundaries)
 
