@@ -7,6 +7,7 @@ that already holds a state of this layer the mixer is called untouched: decoding
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -21,7 +22,8 @@ from .mixers import Call, find_mixer, parameter_names
 from .packing import PACKING_ARGUMENTS, Carried, find_boundaries, find_documents
 
 CHILD = "s0"
-_WATCH, _ANNOUNCED, _COURIER = "s0_watch", "s0_announced", "s0_courier"
+# Marks on a model, its backbones, and the layers around its mixers.
+_WATCH, _ANNOUNCED, _COURIER, _DECLARATIONS = "s0_watch", "s0_announced", "s0_courier", "s0_declarations"
 
 
 def layer_of(mixer: nn.Module) -> S0Layer:
@@ -54,7 +56,7 @@ def detach(mixer: nn.Module) -> None:
     delattr(mixer, CHILD)
 
 
-def watch_packing(model: nn.Module) -> None:
+def watch(model: nn.Module) -> None:
     """Hook a model and the backbones above its tuned mixers, so that packed rows are seen wherever they are announced.
 
     Positions do not reach a mixer, and some models drop what they do not know on the way to their backbone. What is
@@ -62,36 +64,42 @@ def watch_packing(model: nn.Module) -> None:
     does not, the layer around the mixer is hooked as well, and an argument that it hands on carries it.
     """
     modules = dict(model.named_modules())
-    watched = [(model, _before_model), *((modules[name], _before_backbone) for name in _backbones(modules))]
+    _hook(model, _before_model)
     for name, mixer in modules.items():
-        if has_layer(mixer) and layer_of(mixer).declaration.courier is not None and name:
+        if not has_layer(mixer):
+            continue
+        declaration = layer_of(mixer).declaration
+        backbone = _backbone(modules, name)
+        if backbone is not None:
+            _hook(backbone, _before_backbone)
+            vars(backbone).setdefault(_DECLARATIONS, set()).add(declaration)
+        if declaration.courier is not None and name:
             block = modules[name.rpartition(".")[0]]
-            setattr(block, _COURIER, layer_of(mixer).declaration.courier)
-            watched.append((block, _before_block))
-    for module, hook in watched:
-        if _WATCH not in vars(module):
-            setattr(module, _WATCH, module.register_forward_pre_hook(hook, with_kwargs=True))
+            _hook(block, _before_block)
+            setattr(block, _COURIER, declaration.courier)
 
 
-def unwatch_packing(model: nn.Module) -> None:
-    """Undo `watch_packing` if no tuned mixer is left."""
+def unwatch(model: nn.Module) -> None:
+    """Undo `watch` if no tuned mixer is left."""
     if not any(has_layer(module) for module in model.modules()):
         for module in model.modules():
             if _WATCH in vars(module):
                 vars(module).pop(_WATCH).remove()
-                vars(module).pop(_ANNOUNCED, None)
-                vars(module).pop(_COURIER, None)
+                for mark in (_ANNOUNCED, _COURIER, _DECLARATIONS):
+                    vars(module).pop(mark, None)
 
 
-def _backbones(modules: dict[str, nn.Module]) -> list[str]:
-    found = {}
-    for name, module in modules.items():
-        while has_layer(module) and name:
-            name = name.rpartition(".")[0]
-            if name and "inputs_embeds" in parameter_names(type(modules[name])):
-                found[name] = True
-                break
-    return list(found)
+def _hook(module: nn.Module, hook: Callable[..., Any]) -> None:
+    if _WATCH not in vars(module):
+        setattr(module, _WATCH, module.register_forward_pre_hook(hook, with_kwargs=True))
+
+
+def _backbone(modules: dict[str, nn.Module], name: str) -> nn.Module | None:
+    while name:
+        name = name.rpartition(".")[0]
+        if name and "inputs_embeds" in parameter_names(type(modules[name])):
+            return modules[name]
+    return None
 
 
 def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -100,61 +108,73 @@ def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         # Decoding: nothing is packed, and nothing may be looked for in each step.
         return
     for module in model.modules():
-        if module is not model and _WATCH in vars(module) and _COURIER not in vars(module):
+        if module is not model and _DECLARATIONS in vars(module):
             setattr(module, _ANNOUNCED, announced)
 
 
 def _before_backbone(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    positional = zip(parameter_names(type(backbone)), args, strict=False)
     arguments = {
         **vars(backbone).pop(_ANNOUNCED, {}),
-        **dict(zip(parameter_names(type(backbone)), args, strict=False)),
-        **{name: value for name, value in kwargs.items() if value is not None},
+        **{name: value for name, value in (*positional, *kwargs.items()) if value is not None},
     }
+    declarations = vars(backbone)[_DECLARATIONS]
+    mask, told = arguments.get("attention_mask"), {}
     packing = {name: arguments[name] for name in PACKING_ARGUMENTS if name in arguments}
-    if not packing and arguments.get("attention_mask") is None and not torch.compiler.is_compiling():
+    if not packing and mask is None and not torch.compiler.is_compiling():
         packing = find_boundaries(arguments.get("position_ids"))
-    if not packing:
+    if any(declaration.courier and (declaration.courier.mask or packing) for declaration in declarations):
+        tokens = next(arguments[name].shape[1] for name in ("input_ids", "inputs_embeds") if name in arguments)
+        told = packing if tokens == 1 or padding.pads_of(mask, tokens) is None else {**packing, "attention_mask": mask}
+    checking = [declaration for declaration in declarations if declaration.checks]
+    if not packing and not told and not checking:
         return None
     layers = [layer for layer in backbone.modules() if isinstance(layer, S0Layer) and layer.participates]
     if not layers:
         return None
-    blocks = [block for block in backbone.modules() if _COURIER in vars(block)]
-    if not blocks:
-        return args, {**kwargs, **packing}
-    _check_couriers(backbone, blocks, len(layers))
-    for block in blocks:
-        setattr(block, _ANNOUNCED, packing)
-    return None
+    for declaration in checking:
+        declaration.check(backbone, arguments)
+    if told:
+        _announce(backbone, told, len(layers))
+        return None
+    return (args, {**kwargs, **packing}) if packing else None
 
 
-def _check_couriers(backbone: nn.Module, blocks: list[nn.Module], layers: int) -> None:
-    """Refuse packed rows where a document would run into the next without anybody noticing."""
+def _announce(backbone: nn.Module, told: dict[str, Any], layers: int) -> None:
+    """Tell the layers around the mixers what the model would not.
+
+    Raises:
+        ValueError: where a document would run into the next without anybody noticing.
+    """
     name, mixers = type(backbone).__name__, [m for m in backbone.modules() if find_mixer(type(m)) is not None]
-    if layers < len(mixers):
+    if layers < len(mixers) and told.keys() - {"attention_mask"}:
         raise ValueError(
             f"{name} does not tell its recurrent layers where the documents of packed rows begin. S0 tells those that "
             f"it tunes, here {layers} of {len(mixers)}; in the others the state would run from one document into the "
             "next, also without S0. Tune all of them, or pad the rows instead of packing them (in TRL: packing=False, "
             "padding_free=False)."
         )
-    for block in blocks:
+    for block in backbone.modules():
+        if _COURIER not in vars(block):
+            continue
         # Up to transformers 5.22 a layer that is run again runs its hooks again, when nothing is announced any more.
         if getattr(block, "gradient_checkpointing", False) and not hasattr(type(block).forward, "__wrapped__"):
             raise ValueError(
-                f"Packed rows of {name} under gradient checkpointing need transformers >= 5.23, found "
-                f"{transformers.__version__}. Upgrade it, pad the rows, or switch checkpointing off."
+                f"Packed or padded rows of {name} under gradient checkpointing need transformers >= 5.23, found "
+                f"{transformers.__version__}. Upgrade it, or switch gradient checkpointing off."
             )
+        setattr(block, _ANNOUNCED, told)
 
 
 def _before_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    packing = vars(block).pop(_ANNOUNCED, None)
-    if packing is None:
+    told = vars(block).pop(_ANNOUNCED, None)
+    if told is None:
         return None
-    courier = getattr(block, _COURIER)
-    place = parameter_names(type(block)).index(courier)
+    name = getattr(block, _COURIER).argument
+    place = parameter_names(type(block)).index(name)
     if place < len(args):
-        return (*args[:place], Carried(args[place], packing), *args[place + 1 :]), kwargs
-    return args, {**kwargs, courier: Carried(kwargs.get(courier), packing)}
+        return (*args[:place], Carried(args[place], told), *args[place + 1 :]), kwargs
+    return args, {**kwargs, name: Carried(kwargs.get(name), told)}
 
 
 def _before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -164,21 +184,26 @@ def _before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     declaration = layer.declaration
     if args:
         kwargs = {**dict(zip(parameter_names(type(mixer)), args, strict=False)), **kwargs}
+    unchanged = None
     if declaration.courier is not None:
-        kwargs = _unload(kwargs, declaration.courier)
+        name = declaration.courier.argument
+        carried = kwargs.get(name)
+        if isinstance(carried, Carried):
+            unchanged = (), {**kwargs, name: carried.value}
+            kwargs = {**kwargs, name: carried.value, **carried.told}
     cache = kwargs.get(declaration.cache_argument)
     hidden_states, mask = kwargs[declaration.input_argument], kwargs.get("attention_mask")
     batch, tokens = hidden_states.shape[:2]
     pads = padding.pads_of(mask, tokens)
     if declaration.has_past(mixer, kwargs):
         if not declaration.resumes(tokens, pads, cache):
-            return None
+            return unchanged
         _, rows = layer.start_states(batch, hidden_states.device)
         call = Call(cache, None, padding.held_positions(pads, rows, None), rows)
         if mask is not None and pads is not None:
             # Some models pass the whole sequence's mask on.
             kwargs = {**kwargs, "attention_mask": mask[:, -tokens:]}
-        return (), {**kwargs, declaration.cache_argument: _enter(mixer, layer, call)}
+        return (), declaration.given(call, {**kwargs, declaration.cache_argument: _enter(mixer, layer, call)})
 
     kernels.check_device(declaration.kernels, hidden_states.device)
     kwargs = dict(kwargs)
@@ -191,7 +216,7 @@ def _before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
     documents = find_documents(kwargs, hidden_states, declaration.gap(mixer) if pads is None else None)
     states, rows = layer.start_states(batch if documents is None else documents.count, hidden_states.device)
-    call, added = Call(cache, states, None, rows), None
+    call, added = Call(cache, states, None, rows, arguments=kwargs), None
     if documents is not None:
         hidden_states = documents.unpack(hidden_states)
         added = documents.pads()
@@ -204,7 +229,7 @@ def _before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         call.restore = partial(documents.pack, batch=batch)
         # The packed row ends where its last document ends.
         call.kept, call.tokens = slice(-1, None), None if cache is None else documents.end()
-    elif tokens == 1:
+    elif tokens == 1 and not declaration.starts_with_one:
         if _stays_zero(states):
             return None
         # Single steps are made for decoding: some kernels have no backward pass, some write to the state they are
@@ -218,13 +243,7 @@ def _before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     call.held = padding.held_positions(pads, rows, added)
     kwargs.update({declaration.input_argument: hidden_states, "attention_mask": mask})
     kwargs[declaration.cache_argument] = _enter(mixer, layer, call)
-    return (), kwargs
-
-
-def _unload(kwargs: dict[str, Any], courier: str) -> dict[str, Any]:
-    """Put what an argument carries beside it."""
-    carried = kwargs.get(courier)
-    return {**kwargs, courier: carried.value, **carried.packing} if isinstance(carried, Carried) else kwargs
+    return (), declaration.given(call, kwargs)
 
 
 def _enter(mixer: nn.Module, layer: S0Layer, call: Call) -> Any:

@@ -14,7 +14,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .config import S0Config
-from .injection import CHILD, attach, detach, has_layer, layer_of, unwatch_packing, watch_packing
+from .injection import CHILD, attach, detach, has_layer, layer_of, unwatch, watch
 from .layer import BASE, MERGE_ERROR, S0Layer
 from .mixers import Mixer, find_mixer, registered_mixers
 from .mixers.refused import looks_recurrent, refused
@@ -127,7 +127,7 @@ class S0Model(BaseTuner):
             low_cpu_mem_usage=low_cpu_mem_usage,
             state_dict=state_dict,
         )
-        watch_packing(model)
+        watch(model)
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(MERGE_ERROR)
@@ -145,7 +145,7 @@ class S0Model(BaseTuner):
         for module in list(self.model.modules()):
             if has_layer(module):
                 detach(module)
-        unwatch_packing(self.model)
+        unwatch(self.model)
         return self.model
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -370,7 +370,7 @@ def _withdraw(model: Any, config: S0Config, adapter_name: str) -> None:
         if not layer.configs:
             detach(mixer)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    unwatch_packing(base)
+    unwatch(base)
     adapters = model.peft_config
     adapters.pop(adapter_name, None)
     if not adapters and "peft_config" in vars(base):

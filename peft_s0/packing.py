@@ -22,17 +22,15 @@ PACKING_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_leng
 
 
 class Carried(NamedTuple):
-    """An argument of the layer around a mixer that also carries what describes packed rows.
-
-    Some layers hand on to their mixer only what they know, so that it has to travel with an argument that they do know.
+    """An argument of the layer around a mixer that also carries what the model would not tell the mixer.
 
     Args:
         value: the argument itself.
-        packing: what describes packed rows, by the names in `PACKING_ARGUMENTS`.
+        told: further arguments of the mixer's call by name, such as those in `PACKING_ARGUMENTS`.
     """
 
     value: Any
-    packing: dict[str, Any]
+    told: dict[str, Any]
 
 
 @dataclass

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 Action = Callable[[Tensor], "Tensor | None"]
 
-_OUTPUT, _INPUT = "s0_on_output", "s0_on_input"
+_OUTPUT, _INPUT, _ARGUMENTS = "s0_on_output", "s0_on_input", "s0_on_arguments"
 
 
 def install(mixer: nn.Module, parts: tuple[str, ...]) -> list[RemovableHandle]:
@@ -38,10 +38,10 @@ def install(mixer: nn.Module, parts: tuple[str, ...]) -> list[RemovableHandle]:
     for part in parts:
         for module in _wrapped(mixer, part):
             if _OUTPUT not in vars(module):
-                setattr(module, _OUTPUT, None)
-                setattr(module, _INPUT, None)
+                for action in (_OUTPUT, _INPUT, _ARGUMENTS):
+                    setattr(module, action, None)
                 handles.append(module.register_forward_hook(_after_part))
-                handles.append(module.register_forward_pre_hook(_before_part))
+                handles.append(module.register_forward_pre_hook(_before_part, with_kwargs=True))
     return handles
 
 
@@ -49,8 +49,8 @@ def uninstall(mixer: nn.Module, parts: tuple[str, ...]) -> None:
     """Remove the marks that `install` left; the caller removes the handles."""
     for part in parts:
         for module in _wrapped(mixer, part):
-            vars(module).pop(_OUTPUT, None)
-            vars(module).pop(_INPUT, None)
+            for action in (_OUTPUT, _INPUT, _ARGUMENTS):
+                vars(module).pop(action, None)
 
 
 def on_output(mixer: nn.Module, part: str, action: Action | None) -> None:
@@ -63,21 +63,28 @@ def on_input(mixer: nn.Module, part: str, action: Action | None) -> None:
     setattr(_tapped(mixer, part), _INPUT, action)
 
 
+def on_arguments(mixer: nn.Module, part: str, action: Callable[[dict[str, Any]], dict[str, Any]] | None) -> None:
+    """Set what is done with a part's keyword arguments until it is set to None; the result takes their place."""
+    setattr(_tapped(mixer, part), _ARGUMENTS, action)
+
+
 def clear(mixer: nn.Module, parts: tuple[str, ...]) -> None:
     """Take all actions off."""
     for part in parts:
         for module in _wrapped(mixer, part):
-            for action in (_OUTPUT, _INPUT):
+            for action in (_OUTPUT, _INPUT, _ARGUMENTS):
                 if vars(module).get(action) is not None:
                     setattr(module, action, None)
 
 
-def _before_part(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    action = getattr(module, _INPUT)
-    if action is None:
+def _before_part(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    on_input, on_arguments = getattr(module, _INPUT), getattr(module, _ARGUMENTS)
+    if on_input is None and on_arguments is None:
         return None
-    changed = action(args[0])
-    return None if changed is None else (changed, *args[1:])
+    changed = None if on_input is None else on_input(args[0])
+    if changed is not None:
+        args = (changed, *args[1:])
+    return args, kwargs if on_arguments is None else on_arguments(kwargs)
 
 
 def _after_part(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:

@@ -12,6 +12,7 @@ import transformers
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.models.minimax.modeling_minimax import MiniMaxCache
+from transformers.models.xlstm.modeling_xlstm import xLSTMCache
 
 from peft_s0.mixers import find_mixer
 
@@ -94,6 +95,28 @@ MAMBA: dict[str, Any] = {
 }
 
 
+def decay_slowly(mixer: nn.Module) -> None:
+    """Small time steps, in the parts of a mixer that decay by them."""
+    for part in mixer.modules():
+        if hasattr(part, "A_log"):
+            bias = time_step_bias(part)
+            bias.copy_(torch.empty_like(bias).uniform_(0.01, 0.1).expm1().log())
+            part.A_log.uniform_(-0.7, 0.7)
+
+
+def time_step_bias(part: nn.Module) -> torch.Tensor:
+    """What is added to the logits of the time step, in a part of a mixer that decays by it."""
+    names = [name for name in ("dt_bias", "dt_proj_bias") if hasattr(part, name)]
+    return getattr(part, names[0]) if names else part.dt_proj.bias
+
+
+def open_gates(mixer: nn.Module) -> None:
+    """Input gates that let something in, which is what transformers' own initialisation does not."""
+    mixer.igate_preact.bias.uniform_(-2, 1)
+    for gate in (mixer.igate_preact, mixer.fgate_preact):
+        gate.weight.normal_(std=0.1)
+
+
 @dataclass(frozen=True)
 class Architecture:
     """One architecture.
@@ -108,7 +131,8 @@ class Architecture:
         states: how many recurrent layers the tiny model has.
         gain: factor on the mixers' output projections, so that the mixers reach the logits and an error would show.
         cache: the model's argument for its cache.
-        make_cache: makes an empty one from the model's config.
+        make_cache: makes an empty one from the model's config, for a number of rows.
+        remember: makes a mixer of the tiny model remember its state.
         lacks: what the base model itself cannot do, by the name of the law, with the reason.
     """
 
@@ -121,8 +145,14 @@ class Architecture:
     states: int
     gain: float = 1.0
     cache: str = "past_key_values"
-    make_cache: Callable[[Any], Any] = lambda config: DynamicCache(config=config)
+    make_cache: Callable[[Any, int], Any] = lambda config, rows: DynamicCache(config=config)
+    remember: Callable[[nn.Module], None] = decay_slowly
     lacks: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def takes_chunks(self) -> bool:
+        """Whether the base model goes on with a sequence by several tokens in one call."""
+        return "every_split_into_two_chunks" not in dict(self.lacks)
 
     def build(self, seed: int = 0) -> PreTrainedModel:
         """A random model in eval mode whose mixers remember: at transformers' own initialisation tiny models forget
@@ -131,11 +161,7 @@ class Architecture:
         model = self.model_class(self.config()).eval()
         with torch.no_grad():
             for mixer in mixers(model):
-                for part in mixer.modules():
-                    if hasattr(part, "A_log"):
-                        bias = time_step_bias(part)
-                        bias.copy_(torch.empty_like(bias).uniform_(0.01, 0.1).expm1().log())
-                        part.A_log.uniform_(-0.7, 0.7)
+                self.remember(mixer)
                 output_projection(mixer).weight.mul_(self.gain)
         return model
 
@@ -145,15 +171,9 @@ def mixers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if find_mixer(type(module)) is not None]
 
 
-def time_step_bias(part: nn.Module) -> torch.Tensor:
-    """What is added to the logits of the time step, in a part of a mixer that decays by it."""
-    names = [name for name in ("dt_bias", "dt_proj_bias") if hasattr(part, name)]
-    return getattr(part, names[0]) if names else part.dt_proj.bias
-
-
 def output_projection(mixer: nn.Module) -> nn.Module:
     """The last module of a mixer."""
-    return mixer.out_proj if hasattr(mixer, "out_proj") else mixer.o_proj
+    return next(getattr(mixer, name) for name in ("out_proj", "o_proj", "linear_out") if hasattr(mixer, name))
 
 
 def _row(name: str, model: str, config: Callable[[], Any], slow_mixer: type, **fields: Any) -> Architecture:
@@ -176,7 +196,7 @@ PACKED = (
 
 MAMBA1: dict[str, Any] = {"alpha": 1.0, "targets": frozenset({"mamba"})}
 NO_PAST = (("continued_conversation", "generate() takes no cache of this model back"),)
-NO_MATRIX = (("every_form_of_state_has_a_finite_gradient", "its states have no heads, so they have no rank"),)
+NO_MATRIX = (("every_form_of_state_has_a_finite_gradient", "its states are no matrices, so they have no rank"),)
 
 ARCHITECTURES = (
     _row(
@@ -489,12 +509,70 @@ ARCHITECTURES = (
         alpha=1.0,
         targets=None,
         states=2,
-        make_cache=lambda config: MiniMaxCache(),
+        make_cache=lambda config, rows: MiniMaxCache(),
         lacks=(
             ("generate", "its cache does not reorder its states for beams"),
             ("static_cache_and_reset", "it takes its own cache only"),
             ("single_token_start_on_a_static_cache", "it takes its own cache only"),
             ("a_packed_row_leaves_the_cache_of_its_last_document", "its cache has another form"),
+        ),
+    ),
+    _row(
+        "recurrent_gemma",
+        "RecurrentGemmaForCausalLM",
+        lambda: transformers.RecurrentGemmaConfig(
+            **COMMON,
+            num_attention_heads=4,
+            num_key_value_heads=1,
+            intermediate_size=128,
+            num_hidden_layers=4,
+            lru_width=64,
+            attention_window_size=64,
+        ),
+        reference.RGLRU,
+        alpha=1.0,
+        targets=None,
+        states=3,
+        gain=8.0,
+        lacks=(
+            *(
+                (law, "its convolution forgets the past in a call of several tokens on a cache with a past")
+                for law in (
+                    "every_split_into_two_chunks",
+                    "pads_that_cross_a_chunk",
+                    "static_cache_and_reset",
+                    "continued_conversation",
+                )
+            ),
+            ("generate", "what it keeps in its layers is not reordered for beams"),
+            ("a_packed_row_leaves_the_cache_of_its_last_document", "its state is not in its cache"),
+            *NO_MATRIX,
+        ),
+    ),
+    _row(
+        "xlstm",
+        "xLSTMForCausalLM",
+        lambda: transformers.xLSTMConfig(
+            **COMMON,
+            num_hidden_layers=2,
+            num_heads=4,
+            chunk_size=16,
+            qk_dim_factor=1.0,
+            autocast_kernel_dtype="float32",
+        ),
+        reference.MLSTM,
+        alpha=1.0,
+        targets=frozenset({"mlstm_layer"}),
+        states=2,
+        cache="cache_params",
+        make_cache=lambda config, rows: xLSTMCache(config, rows, dtype=torch.float32),
+        remember=open_gates,
+        lacks=(
+            ("generate", "its cache cannot be reordered for beams"),
+            ("static_cache_and_reset", "it takes its own cache only"),
+            ("single_token_start_on_a_static_cache", "it takes its own cache only"),
+            ("a_packed_row_leaves_the_cache_of_its_last_document", "its cache has another form"),
+            *NO_PAST,
         ),
     ),
 )

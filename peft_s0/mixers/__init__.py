@@ -1,10 +1,11 @@
 """The recurrent mixers that S0 knows: one file for each recurrence, one declaration for each architecture."""
 
-from . import fla, gated_delta_rule, lightning_attention, mamba1, mamba2, mamba_ssm
-from .base import Call, Family, Gate, Mixer, find_mixer, parameter_names, register_mixer, registered_mixers
+from . import fla, gated_delta_rule, lightning_attention, mamba1, mamba2, mamba_ssm, mlstm, rg_lru
+from .base import Call, Courier, Family, Gate, Mixer, find_mixer, parameter_names, register_mixer, registered_mixers
 
 __all__ = [
     "Call",
+    "Courier",
     "Family",
     "Gate",
     "Mixer",
@@ -15,7 +16,9 @@ __all__ = [
     "mamba1",
     "mamba2",
     "mamba_ssm",
+    "mlstm",
     "parameter_names",
     "register_mixer",
     "registered_mixers",
+    "rg_lru",
 ]

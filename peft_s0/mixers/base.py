@@ -75,6 +75,19 @@ class Family:
     alpha: float
 
 
+@dataclass(frozen=True)
+class Courier:
+    """How a mixer learns what its model does not tell it.
+
+    Args:
+        argument: an argument that the layer around the mixer hands on to it unseen, and that can carry more.
+        mask: whether the model drops the attention mask, too, and not only what describes packed rows.
+    """
+
+    argument: str
+    mask: bool = False
+
+
 @dataclass
 class Call:
     """One call of a mixer in which S0 has something to do.
@@ -87,7 +100,7 @@ class Call:
         kept: the rows whose end the cache keeps; None: the call's own rows, whole.
         tokens: the tokens of the kept rows that are real; None: all.
         restore: brings the mixer's output back to the rows and tokens that it was called with; None: they are the same.
-        arguments: what a mixer is called with that takes packed rows apart itself.
+        arguments: what the mixer is called with at the start of a sequence.
     """
 
     cache: Any
@@ -113,12 +126,14 @@ class Mixer:
         state_shape: from a mixer to the shape of one sequence's state, [heads, ...], as the kernel takes it.
         gates: the projections to freeze at pads.
         cache_argument: name of the forward argument that carries the cache.
-        courier: an argument that the layer around the mixer hands on to it and that can carry what describes packed
-            rows, if the model drops that on the way; None: it reaches the mixer by itself.
+        courier: what tells the mixer of packed rows where its model drops that on the way; None: the model tells it.
         kernels: the module of the Triton kernels that the mixer runs on where it can be imported; None: there are none.
         reach: from a mixer to how many tokens its convolution looks back; only if `kernels` take `cu_seq_lens_q` and a
             state for each of the documents.
         input_argument: name of the forward argument that carries the hidden states [batch, tokens, features].
+        starts_with_one: whether a call of a single token may start from a state as it is. Most single steps may not:
+            they have no backward pass, or write to the state they are given.
+        checks: whether `check` is to be asked before each call of the model.
     """
 
     path: str
@@ -126,10 +141,12 @@ class Mixer:
     state_shape: Callable[[MixerModule], tuple[int, ...]]
     gates: tuple[Gate, ...] = ()
     cache_argument: str = "cache_params"
-    courier: str | None = None
+    courier: Courier | None = None
     kernels: str | None = None
     reach: Callable[[MixerModule], int] | None = None
     input_argument: str = "hidden_states"
+    starts_with_one: bool = False
+    checks: bool = False
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -150,6 +167,21 @@ class Mixer:
     def refusal(self, mixer: MixerModule) -> str | None:
         """Why a mixer of this class cannot start from a state after all, as it is configured; None if it can."""
         return None
+
+    def check(self, backbone: Any, arguments: dict[str, Any]) -> None:
+        """Refuse a call of the model that it would answer wrongly, and that the mixer could not tell from others.
+
+        Args:
+            backbone: the model that the mixer is part of.
+            arguments: what it is called with, by name.
+
+        Raises:
+            ValueError: saying how to call it instead.
+        """
+
+    def given(self, call: Call, arguments: dict[str, Any]) -> dict[str, Any]:
+        """What the mixer is called with: the arguments of a call, where need be others in their place."""
+        return arguments
 
     def resumes(self, tokens: int, pads: Tensor | None, cache: Any) -> bool:
         """Whether there is something to do in a call that continues a sequence.

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..packing import PACKING_ARGUMENTS
 from . import gated_delta_rule
-from .base import Call, Family, Gate, Mixer, MixerModule, register_mixer
+from .base import Call, Courier, Family, Gate, Mixer, MixerModule, register_mixer
 
 _PREFIX = "fla.layers."
 
@@ -201,7 +201,7 @@ _layer(
     _key_first,
     modes=("chunk", "fused_chunk", "fused_recurrent"),
     # Its model drops cu_seqlens.
-    courier="attention_mask",
+    courier=Courier("attention_mask"),
 )
 _layer(
     "rwkv7.RWKV7Attention",

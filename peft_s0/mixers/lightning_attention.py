@@ -5,10 +5,10 @@ The first call of a sequence begins at zero, so what a state S contributes is ad
 the norm, where n counts the tokens so far, and exp(-s n) S to the state that the cache keeps. Later calls begin at the
 cached state, but let it decay at pads; they are given the difference.
 
-Limits of MiniMax itself, with S0 or without. Its cache does not reorder the states for beam search: do not search with
-beams. And it takes the number of past tokens from the first layer, which knows of none if it is recurrent. The
-attention layers then see a wrong mask in calls of several tokens on a cache with a past, which are refused here, and
-when a batch with pads is decoded, which cannot be seen from here: generate from rows of the same length.
+Limits of MiniMax itself, with S0 or without. Its cache does not reorder the states for beam search, which cannot be
+seen from here: search with `use_cache=False`. And it takes the number of past tokens from the first layer, which knows
+of none if it is recurrent. The attention layers then see a wrong mask in calls of several tokens on a cache with a
+past, and when a batch with pads is decoded; both are refused here.
 """
 
 from __future__ import annotations
@@ -107,25 +107,26 @@ class LightningAttention(Mixer):
     """Declaration of a lightning attention. See `Mixer`."""
 
     parts: tuple[str, ...] = ("qkv_proj", "norm")
+    checks: bool = True
 
     def has_past(self, mixer: MixerModule, arguments: dict[str, Any]) -> bool:
         """See `Mixer.has_past`."""
         cache = arguments.get(self.cache_argument)
         return cache is not None and cache.get_linear_cache(mixer.layer_idx) is not None
 
-    def resumes(self, tokens: int, pads: Tensor | None, cache: Any) -> bool:
-        """See `Mixer.resumes`.
-
-        Raises:
-            ValueError: for a call that the base model itself would answer wrongly.
-        """
-        if tokens > 1 and cache.get_seq_length() == 0:
+    def check(self, backbone: Any, arguments: dict[str, Any]) -> None:
+        """See `Mixer.check`."""
+        rows, cache = arguments.get("input_ids", arguments.get("inputs_embeds")), arguments.get("past_key_values")
+        if rows is None or cache is None or cache.get_linear_cache(0) is None or cache.get_seq_length() > 0:
+            return
+        mask, tokens = arguments.get("attention_mask"), rows.shape[1]
+        if tokens > 1 or (isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all())):
             raise ValueError(
                 "A MiniMax whose first layer is a lightning attention cannot continue a sequence by several tokens in "
-                "one call: its cache reports no past, so its attention layers see a wrong mask, also without S0. Pass "
-                "the whole prompt in one call, or one token at a time."
+                f"one call, nor a batch that has pads (this call has {tokens} for each row): its cache reports no "
+                "past, so its attention layers see a wrong mask, also without S0. Pass the whole prompt in one call, "
+                "then one token at a time, in rows of the same length; or generate with use_cache=False."
             )
-        return pads is not None
 
     def enter(self, mixer: MixerModule, call: Call) -> _View:
         """See `Mixer.enter`."""

@@ -23,7 +23,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from ..taps import on_input, on_output
-from .base import Call, Family, Mixer, MixerModule, register_mixer
+from .base import Call, Courier, Family, Mixer, MixerModule, register_mixer
 from .views import ScanFromZero
 
 FAMILY = Family("Mamba", alpha=1.0)
@@ -241,7 +241,7 @@ def _mamba1(path: str, **fields: Any) -> None:
     register_mixer(Mamba1Mixer(path=f"transformers.models.{path}", family=FAMILY, state_shape=state_shape, **fields))
 
 
-_mamba1("mamba.modeling_mamba.MambaMixer", courier="attention_mask")
-_mamba1("falcon_mamba.modeling_falcon_mamba.FalconMambaMixer", courier="attention_mask")
-_mamba1("jamba.modeling_jamba.JambaMambaMixer", courier="attention_mask")
+_mamba1("mamba.modeling_mamba.MambaMixer", courier=Courier("attention_mask"))
+_mamba1("falcon_mamba.modeling_falcon_mamba.FalconMambaMixer", courier=Courier("attention_mask"))
+_mamba1("jamba.modeling_jamba.JambaMambaMixer", courier=Courier("attention_mask"))
 _mamba1("zamba.modeling_zamba.ZambaMambaMixer", scan=HeadedScan, parts=("in_proj", "out_proj"))

@@ -5,8 +5,12 @@ from .gated_delta_rule import GatedDeltaRule, KimiDeltaAttention, OlmoHybrid, Qw
 from .lightning_attention import LightningAttention
 from .mamba1 import Mamba1, NormalizedMamba1, Zamba
 from .mamba2 import FalconH1, Mamba2
+from .mlstm import MLSTM
+from .rg_lru import RGLRU
 
 __all__ = [
+    "MLSTM",
+    "RGLRU",
     "FalconH1",
     "GatedDeltaRule",
     "KimiDeltaAttention",
