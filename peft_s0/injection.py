@@ -8,6 +8,7 @@ that already holds a state of this layer the mixer is called untouched: decoding
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
@@ -23,7 +24,15 @@ from .packing import PACKING_ARGUMENTS, Carried, find_boundaries, find_documents
 
 CHILD = "s0"
 # Marks on a model, its backbones, and the layers around its mixers.
-_WATCH, _ANNOUNCED, _COURIER, _DECLARATIONS = "s0_watch", "s0_announced", "s0_courier", "s0_declarations"
+_WATCH, _SAYS, _HEARS = "s0_watch", "s0_says", "s0_hears"
+_DECLARATIONS, _COURIER = "s0_declarations", "s0_courier"
+
+
+@dataclass
+class Announcement:
+    """What a module says of its call to those inside it that the call's arguments do not reach."""
+
+    told: dict[str, Any] = field(default_factory=dict)
 
 
 def layer_of(mixer: nn.Module) -> S0Layer:
@@ -64,19 +73,22 @@ def watch(model: nn.Module) -> None:
     does not, the layer around the mixer is hooked as well, and an argument that it hands on carries it.
     """
     modules = dict(model.named_modules())
-    _hook(model, _before_model)
     for name, mixer in modules.items():
         if not has_layer(mixer):
             continue
-        declaration = layer_of(mixer).declaration
-        backbone = _backbone(modules, name)
-        if backbone is not None:
-            _hook(backbone, _before_backbone)
-            vars(backbone).setdefault(_DECLARATIONS, set()).add(declaration)
-        if declaration.courier is not None and name:
+        declaration, backbone = layer_of(mixer).declaration, _backbone(modules, name)
+        if backbone is None:
+            continue
+        _hook(backbone, _before_backbone)
+        vars(backbone).setdefault(_DECLARATIONS, set()).add(declaration)
+        if backbone is not model:
+            _hook(model, _before_model)
+            setattr(backbone, _HEARS, getattr(model, _SAYS))
+        if declaration.courier is not None:
             block = modules[name.rpartition(".")[0]]
             _hook(block, _before_block)
             setattr(block, _COURIER, declaration.courier)
+            setattr(block, _HEARS, getattr(backbone, _SAYS))
 
 
 def unwatch(model: nn.Module) -> None:
@@ -85,47 +97,47 @@ def unwatch(model: nn.Module) -> None:
         for module in model.modules():
             if _WATCH in vars(module):
                 vars(module).pop(_WATCH).remove()
-                for mark in (_ANNOUNCED, _COURIER, _DECLARATIONS):
+                for mark in (_SAYS, _HEARS, _DECLARATIONS, _COURIER):
                     vars(module).pop(mark, None)
 
 
 def _hook(module: nn.Module, hook: Callable[..., Any]) -> None:
     if _WATCH not in vars(module):
         setattr(module, _WATCH, module.register_forward_pre_hook(hook, with_kwargs=True))
+        setattr(module, _SAYS, Announcement())
 
 
 def _backbone(modules: dict[str, nn.Module], name: str) -> nn.Module | None:
+    """The innermost model around a mixer, if any takes embeddings."""
     while name:
         name = name.rpartition(".")[0]
-        if name and "inputs_embeds" in parameter_names(type(modules[name])):
+        if "inputs_embeds" in parameter_names(type(modules[name])):
             return modules[name]
     return None
 
 
 def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    announced = {name: kwargs[name] for name in ("position_ids", *PACKING_ARGUMENTS) if kwargs.get(name) is not None}
-    if all(name == "position_ids" and positions.shape[-1] == 1 for name, positions in announced.items()):
-        # Decoding: nothing is packed, and nothing may be looked for in each step.
-        return
-    for module in model.modules():
-        if module is not model and _DECLARATIONS in vars(module):
-            setattr(module, _ANNOUNCED, announced)
+    names = ("position_ids", *PACKING_ARGUMENTS)
+    getattr(model, _SAYS).told = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
 
 
 def _before_backbone(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     positional = zip(parameter_names(type(backbone)), args, strict=False)
-    arguments = {
-        **vars(backbone).pop(_ANNOUNCED, {}),
-        **{name: value for name, value in (*positional, *kwargs.items()) if value is not None},
-    }
-    declarations = vars(backbone)[_DECLARATIONS]
-    mask, told = arguments.get("attention_mask"), {}
+    arguments = {name: value for name, value in (*positional, *kwargs.items()) if value is not None}
+    heard, says = getattr(backbone, _HEARS, None), getattr(backbone, _SAYS)
+    if heard is not None:
+        # Once: the next call may come without the model around it.
+        arguments, heard.told = {**heard.told, **arguments}, {}
+    says.told = {}
+    tokens = next((arguments[name].shape[1] for name in ("input_ids", "inputs_embeds") if name in arguments), 0)
     packing = {name: arguments[name] for name in PACKING_ARGUMENTS if name in arguments}
+    mask, declarations = arguments.get("attention_mask"), getattr(backbone, _DECLARATIONS)
     if not packing and mask is None and not torch.compiler.is_compiling():
         packing = find_boundaries(arguments.get("position_ids"))
-    if any(declaration.courier and (declaration.courier.mask or packing) for declaration in declarations):
-        tokens = next(arguments[name].shape[1] for name in ("input_ids", "inputs_embeds") if name in arguments)
-        told = packing if tokens == 1 or padding.pads_of(mask, tokens) is None else {**packing, "attention_mask": mask}
+    couriers = [declaration.courier for declaration in declarations if declaration.courier is not None]
+    told = dict(packing) if couriers else {}
+    if any(courier.mask for courier in couriers) and tokens > 1 and padding.pads_of(mask, tokens) is not None:
+        told["attention_mask"] = mask
     checking = [declaration for declaration in declarations if declaration.checks]
     if not packing and not told and not checking:
         return None
@@ -133,21 +145,22 @@ def _before_backbone(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     if not layers:
         return None
     for declaration in checking:
-        declaration.check(backbone, arguments)
+        declaration.check(backbone, {**arguments, **packing})
     if told:
-        _announce(backbone, told, len(layers))
+        _check_couriers(backbone, packing, len(layers))
+        says.told = told
         return None
     return (args, {**kwargs, **packing}) if packing else None
 
 
-def _announce(backbone: nn.Module, told: dict[str, Any], layers: int) -> None:
-    """Tell the layers around the mixers what the model would not.
+def _check_couriers(backbone: nn.Module, packing: dict[str, Any], layers: int) -> None:
+    """Refuse what some of the mixers would not be told.
 
     Raises:
         ValueError: where a document would run into the next without anybody noticing.
     """
     name, mixers = type(backbone).__name__, [m for m in backbone.modules() if find_mixer(type(m)) is not None]
-    if layers < len(mixers) and told.keys() - {"attention_mask"}:
+    if packing and layers < len(mixers):
         raise ValueError(
             f"{name} does not tell its recurrent layers where the documents of packed rows begin. S0 tells those that "
             f"it tunes, here {layers} of {len(mixers)}; in the others the state would run from one document into the "
@@ -155,20 +168,21 @@ def _announce(backbone: nn.Module, told: dict[str, Any], layers: int) -> None:
             "padding_free=False)."
         )
     for block in backbone.modules():
-        if _COURIER not in vars(block):
-            continue
-        # Up to transformers 5.22 a layer that is run again runs its hooks again, when nothing is announced any more.
-        if getattr(block, "gradient_checkpointing", False) and not hasattr(type(block).forward, "__wrapped__"):
+        # Up to transformers 5.22 a layer that is run again runs its hooks again, when nothing is said any more.
+        if (
+            _COURIER in vars(block)
+            and getattr(block, "gradient_checkpointing", False)
+            and not hasattr(type(block).forward, "__wrapped__")
+        ):
             raise ValueError(
                 f"Packed or padded rows of {name} under gradient checkpointing need transformers >= 5.23, found "
                 f"{transformers.__version__}. Upgrade it, or switch gradient checkpointing off."
             )
-        setattr(block, _ANNOUNCED, told)
 
 
 def _before_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    told = vars(block).pop(_ANNOUNCED, None)
-    if told is None:
+    told = getattr(block, _HEARS).told
+    if not told:
         return None
     name = getattr(block, _COURIER).argument
     place = parameter_names(type(block)).index(name)

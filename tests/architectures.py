@@ -70,6 +70,17 @@ QWEN4: dict[str, Any] = {
         "mrope_section": [2, 1, 1],
     },
 }
+NEMOTRON_H: dict[str, Any] = {
+    **COMMON,
+    **ATTENTION,
+    "intermediate_size": 64,
+    "ssm_state_size": 16,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 32,
+    "n_groups": 2,
+    "chunk_size": 16,
+    "layers_block_type": ["linear_attention", "mlp", "full_attention", "linear_attention"],
+}
 IMAGE_TOKENS: dict[str, Any] = {
     "image_token_id": 120,
     "video_token_id": 121,
@@ -328,16 +339,27 @@ ARCHITECTURES = (
     _row(
         "nemotron_h",
         "NemotronHForCausalLM",
-        lambda: transformers.NemotronHConfig(
-            **COMMON,
-            **ATTENTION,
-            intermediate_size=64,
-            ssm_state_size=16,
-            mamba_num_heads=4,
-            mamba_head_dim=32,
-            n_groups=2,
-            chunk_size=16,
-            layers_block_type=["linear_attention", "mlp", "full_attention", "linear_attention"],
+        lambda: transformers.NemotronHConfig(**NEMOTRON_H),
+        reference.Mamba2,
+        **MAMBA2 | {"targets": None},
+    ),
+    _row(
+        "nemotron_h_omni",
+        "NemotronH_Omni_Reasoning_V3",
+        lambda: transformers.NemotronH_Omni_Reasoning_V3_Config(
+            text_config=NEMOTRON_H,
+            vision_config={
+                "hidden_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "patch_size": 4,
+                "image_size": 16,
+                "max_img_size": 32,
+                "video_temporal_patch_size": 2,
+            },
+            vision_hidden_size=32,
+            projector_hidden_size=32,
+            image_token_id=IMAGE_TOKENS["image_token_id"],
         ),
         reference.Mamba2,
         **MAMBA2 | {"targets": None},

@@ -232,6 +232,24 @@ def test_packed_rows_of_which_only_some_mixers_are_told(architecture: Architectu
 
 
 @told
+def test_what_a_failed_call_announced_is_forgotten(architecture: Architecture) -> None:
+    """A call that breaks off half-way leaves no documents behind for the next one."""
+    tuned = tune(architecture)
+    ids = tuned.ids(2, 9)
+
+    def fail(module: nn.Module, args: object) -> None:
+        raise RuntimeError("out of memory")
+
+    handle = mixers(tuned.model)[0].register_forward_pre_hook(fail, prepend=True)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        tuned.model(tuned.ids(1, 14), use_cache=False, **packed_arguments([6, 8]))
+    handle.remove()
+    with torch.no_grad():
+        for call in (tuned.model, tuned.model.get_base_model()):
+            tuned.assert_equal(call(ids).logits, tuned.expected(ids), tuned.effect(ids))
+
+
+@told
 def test_packed_rows_where_hooks_run_again_under_checkpointing(
     architecture: Architecture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,7 +259,7 @@ def test_packed_rows_where_hooks_run_again_under_checkpointing(
     for module in tuned.model.modules():
         if "s0_courier" in vars(module):
             monkeypatch.setattr(type(module), "forward", inspect.unwrap(type(module).forward))
-    with pytest.raises(ValueError, match=r"need transformers >= 5.23, found 5\..*Upgrade it, pad the rows"):
+    with pytest.raises(ValueError, match=r"need transformers >= 5.23, found 5\..*Upgrade it, or switch"):
         tuned.model(tuned.ids(1, 14), use_cache=False, **packed_arguments([6, 8]))
 
 

@@ -199,7 +199,8 @@ def test_rows_that_xlstm_runs_in_pieces() -> None:
     ids = tuned.ids(2, 19)
     tuned.assert_equal(tuned.model(ids).logits, tuned.expected(ids), tuned.effect(ids))
     padded, mask, _ = left_pad([ids[0], ids[1, :5]])
-    with pytest.raises(ValueError, match=r"max_inference_chunksize=8 tokens in pieces.* have 19 tokens and pads"):
-        tuned.model(padded, attention_mask=mask)
+    for call in ({"attention_mask": mask}, {"position_ids": packed_arguments([9, 10])["position_ids"]}):
+        with pytest.raises(ValueError, match=r"max_inference_chunksize=8 tokens in pieces; these have 19 tokens and"):
+            tuned.model(padded, **call)
     row, short = ids[1:, :5], {"attention_mask": mask[1:, -8:]}
     tuned.assert_equal(tuned.model(padded[1:, -8:], **short).logits[:, -5:], tuned.expected(row), tuned.effect(row))

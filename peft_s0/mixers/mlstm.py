@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..packing import PACKING_ARGUMENTS
 from ..taps import on_arguments
 from .base import Call, Courier, Family, Mixer, MixerModule, register_mixer
 
@@ -55,15 +56,19 @@ class MLSTM(Mixer):
 
     def check(self, backbone: Any, arguments: dict[str, Any]) -> None:
         """See `Mixer.check`. In evaluation the model cuts long rows into pieces."""
-        rows = arguments.get("input_ids", arguments.get("inputs_embeds"))
-        longest = backbone.config.max_inference_chunksize
-        if backbone.training or rows is None or rows.shape[1] <= longest or "attention_mask" not in arguments:
+        rows, longest = (
+            arguments.get("input_ids", arguments.get("inputs_embeds")),
+            backbone.config.max_inference_chunksize,
+        )
+        if backbone.training or rows is None or rows.shape[1] <= longest:
             return
-        if not bool(arguments["attention_mask"].all()):
+        mask = arguments.get("attention_mask")
+        padded = mask is not None and not bool(mask.all())
+        if padded or any(name in arguments for name in PACKING_ARGUMENTS):
             raise ValueError(
-                f"xLSTM runs rows of more than max_inference_chunksize={longest} tokens in pieces, without their mask; "
-                f"these have {rows.shape[1]} tokens and pads. Raise model.config.max_inference_chunksize, or pass rows "
-                "of the same length."
+                f"xLSTM runs rows of more than max_inference_chunksize={longest} tokens in pieces; these have "
+                f"{rows.shape[1]} tokens and are {'padded' if padded else 'packed'}, which the pieces do not show. "
+                "Raise model.config.max_inference_chunksize, or pass one sequence after the other."
             )
 
     def enter(self, mixer: MixerModule, call: Call) -> Any:
