@@ -85,6 +85,11 @@ def states(layers: list[nn.Module]) -> list[tuple[int, ...]]:
     return [find_mixer(type(layer)).state_shape(layer) for layer in layers]
 
 
+def millions(number: int) -> str:
+    """A number in millions: one decimal, three where there is less than a million."""
+    return f"{number / 1e6:.{1 if number >= 1e6 else 3}f}"
+
+
 def sizes(row: Architecture) -> tuple[str, ...]:
     """Checkpoint, state of a layer, number of layers, parameters and file size."""
     if row.name not in CHECKPOINTS:
@@ -96,8 +101,8 @@ def sizes(row: Architecture) -> tuple[str, ...]:
         f"[{checkpoint}](https://huggingface.co/{checkpoint})",
         ", ".join(" x ".join(map(str, shape)) for shape in dict.fromkeys(shapes)),
         str(len(shapes)),
-        f"{parameters / 1e6:.1f} M",
-        f"{4 * parameters / 1e6:.1f} MB",
+        f"{millions(parameters)} M",
+        f"{millions(4 * parameters)} MB",
     )
 
 

@@ -24,6 +24,7 @@ from make_architectures import (  # noqa: E402
     PAGE,
     checkpoint_config,
     limits,
+    millions,
     page,
     recurrent_layers,
     results,
@@ -58,6 +59,10 @@ def test_the_page_shows_every_declaration() -> None:
 )
 def test_the_sizes_that_the_paper_gives(name: str, expected: tuple[str, ...]) -> None:
     assert sizes(ROWS[name])[1:] == expected
+
+
+def test_small_sizes_do_not_round_to_nothing() -> None:
+    assert [millions(number) for number in (46_080, 1_000_000, 12_582_912)] == ["0.046", "1.0", "12.6"]
 
 
 def test_checkpoints_are_of_architectures_and_say_where_they_were_read() -> None:
