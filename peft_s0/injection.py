@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from . import kernels, padding, taps
 from .layer import S0Layer
 from .mixers import Call, parameter_names
+from .mixers.views import JoinedRows, Stored, join_rows
 from .packing import PACKING_ARGUMENTS, find_boundaries, find_documents
 
 CHILD = "s0"
@@ -131,7 +132,7 @@ def _before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     if declaration.has_past(mixer, cache):
         if not declaration.resumes(tokens, pads, cache):
             return None
-        _, rows = layer.start_states(batch, hidden_states.device)
+        rows = layer.learnt(layer.start_states(batch, hidden_states.device))
         call = Call(cache, None, padding.held_positions(pads, rows, None), rows)
         if mask is not None and pads is not None:
             # Some models pass the whole sequence's mask on.
@@ -142,14 +143,17 @@ def _before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     kwargs = dict(kwargs)
     sequences = declaration.sequences(mixer, kwargs)
     if sequences is not None:
-        states, rows = layer.start_states(sequences, hidden_states.device)
-        call = Call(cache, states, padding.held_positions(pads, rows, None), arguments=kwargs)
+        packed = None if sequences == batch else [0] * sequences
+        states = layer.start_states(batch, hidden_states.device, packed)
+        held = None if pads is None else padding.held_positions(pads, layer.learnt(states), None)
+        call = Call(cache, states, held, arguments=kwargs)
         kwargs[declaration.cache_argument] = _enter(mixer, layer, call)
         return (), kwargs
 
     documents = find_documents(kwargs, hidden_states, declaration.gap(mixer) if pads is None else None)
-    states, rows = layer.start_states(batch if documents is None else documents.count, hidden_states.device)
-    call, added = Call(cache, states, None, rows), None
+    states = layer.start_states(batch, hidden_states.device, None if documents is None else documents.source)
+    learnt = layer.learnt(states) if pads is not None or tokens == 1 else None
+    call, added = Call(cache, states, None, learnt), None
     if documents is not None:
         hidden_states = documents.unpack(hidden_states)
         added = documents.pads()
@@ -163,7 +167,8 @@ def _before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         # The packed row ends where its last document ends.
         call.kept, call.tokens = slice(-1, None), None if cache is None else documents.end()
     elif tokens == 1:
-        if _stays_zero(states):
+        assert learnt is not None
+        if not _some(states, learnt):
             return None
         # Single steps are made for decoding: some kernels have no backward pass, some write to the state they are
         # given, some ignore the mask. A single first token is therefore run as two tokens, the second being a pad.
@@ -173,7 +178,10 @@ def _before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         mask = None if mask is None or mask.ndim != 2 else pad(mask[:, -1:], (0, 1))
         call.restore = _first_token
         call.kept, call.tokens = slice(None), slice(0, 1)
-    call.held = padding.held_positions(pads, rows, added)
+        if not _all(layer, learnt):
+            call.cache = None if cache is None else Stored(cache)
+            call.join = partial(_run_base_rows, mixer, dict(kwargs), learnt, call.cache)
+    call.held = padding.held_positions(pads, learnt, added)
     kwargs.update({declaration.input_argument: hidden_states, "attention_mask": mask})
     kwargs[declaration.cache_argument] = _enter(mixer, layer, call)
     return (), kwargs
@@ -192,14 +200,49 @@ def _after_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         return None
     layer.call = None
     layer.declaration.leave(mixer, call)
-    return None if output is None else layer.declaration.returned(call, output)
+    if output is None:
+        return None
+    output = layer.declaration.returned(call, output)
+    return output if call.join is None else call.join(output)
 
 
-def _stays_zero(states: Tensor) -> bool:
-    """Whether a single first token may run the base model's own code, which is the same to the last bit then."""
+def _run_base_rows(mixer: nn.Module, kwargs: dict[str, Any], learnt: Tensor, stored: Stored | None, output: Any) -> Any:
+    """Give the rows without a learnt state what the base model makes of a single first token, to the last bit.
+
+    The others were run as two tokens, which rounds otherwise: the products of matrices have another shape. So the mixer
+    runs once more, as the base model runs it.
+
+    Args:
+        mixer: the mixer.
+        kwargs: what it was called with.
+        learnt: bool [rows], the rows to leave as they are.
+        stored: what these rows leave in the cache; None without a cache.
+        output: their output.
+    """
+    argument = layer_of(mixer).declaration.cache_argument
+    if stored is not None:
+        kwargs = {**kwargs, argument: JoinedRows(kwargs[argument], stored, learnt)}
+    # Not as a module: hooks of others see one call.
+    base = mixer.forward(**kwargs)
+    if isinstance(output, tuple):
+        return (join_rows(learnt, output[0], base[0]), *output[1:])
+    return join_rows(learnt, output, base)
+
+
+def _some(states: Tensor, learnt: Tensor) -> bool:
+    """Whether any row starts from a learnt state. If none does, a single first token runs the base model's own code."""
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and states.requires_grad):
-        return False
-    return not bool(states.any())
+        return True
+    return bool(learnt.any())
+
+
+def _all(layer: S0Layer, learnt: Tensor) -> bool:
+    """Whether every row does."""
+    if layer.row_adapters is None:
+        return True
+    if torch.compiler.is_compiling():
+        return all(name in layer.configs for name in layer.row_adapters.different)
+    return bool(learnt.all())
 
 
 def _first_token(output: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ class Documents:
         row: long [batch * tokens], the row that each token goes to.
         column: long [batch * tokens], its place in that row.
         lengths: long [documents].
+        source: the packed row of each document.
         shape: number of rows and their width.
         own: how many tokens have a place of their own; those behind them share the last one.
         boundaries: long [documents + 1], where documents begin and end, if they are all in one row.
@@ -37,14 +38,10 @@ class Documents:
     row: Tensor
     column: Tensor
     lengths: Tensor
+    source: list[int]
     shape: tuple[int, int]
     own: int
     boundaries: Tensor | None
-
-    @property
-    def count(self) -> int:
-        """How many documents there are."""
-        return self.lengths.shape[0]
 
     def unpack(self, packed: Tensor) -> Tensor:
         """[batch, tokens, ...] -> [rows, width, ...], zeros behind each document."""
@@ -99,11 +96,12 @@ def find_documents(kwargs: dict[str, Any], hidden_states: Tensor, gap: int | Non
     shared = max(_same_at_the_end(lengths, hidden_states) - 1, 0)
     count, own = lengths.shape[0] - shared, batch * tokens - shared
     lengths, document = lengths[:count], document.clamp(max=count - 1)
+    source = (boundaries[:count] // tokens).tolist()
     if gap is None:
-        return Documents(document, position, lengths, (count, max(int(lengths.max()), 2)), own, None)
+        return Documents(document, position, lengths, source, (count, max(int(lengths.max()), 2)), own, None)
     boundaries = boundaries[: count + 1] + gap * torch.arange(count + 1, device=boundaries.device)
     column = boundaries[document] + position
-    return Documents(torch.zeros_like(column), column, lengths, (1, own + gap * count), own, boundaries)
+    return Documents(torch.zeros_like(column), column, lengths, source, (1, own + gap * count), own, boundaries)
 
 
 def find_boundaries(position_ids: Tensor | None) -> dict[str, Tensor]:

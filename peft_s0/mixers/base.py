@@ -88,6 +88,7 @@ class Call:
         tokens: the tokens of the kept rows that are real; None: all.
         restore: brings the mixer's output back to the rows and tokens that it was called with; None: they are the same.
         arguments: what a mixer is called with that takes packed rows apart itself.
+        join: puts the rows without a learnt state into the output; None: they are right.
     """
 
     cache: Any
@@ -98,6 +99,7 @@ class Call:
     tokens: slice | None = None
     restore: Callable[[Tensor], Tensor] | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
+    join: Callable[[Any], Any] | None = None
 
 
 @dataclass(frozen=True)
