@@ -18,7 +18,7 @@ from . import kernels, padding, taps
 from .layer import S0Layer
 from .mixers import Call, parameter_names
 from .mixers.views import JoinedRows, Stored, join_rows
-from .packing import PACKING_ARGUMENTS, find_boundaries, find_documents
+from .packing import PACKING_ARGUMENTS, find_boundaries, find_documents, refuse_boundaries
 
 CHILD = "s0"
 _WATCH, _ANNOUNCED = "s0_watch", "s0_announced"
@@ -63,6 +63,8 @@ def watch_packing(model: nn.Module) -> None:
     for module, hook in [(model, _before_model), *((backbone, _before_backbone) for backbone in _backbones(model))]:
         if _WATCH not in vars(module):
             setattr(module, _WATCH, module.register_forward_pre_hook(hook, with_kwargs=True))
+            if module is not model:
+                setattr(module, _ANNOUNCED, None)
 
 
 def unwatch_packing(model: nn.Module) -> None:
@@ -91,23 +93,31 @@ def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         # Decoding: nothing is packed, and nothing may be looked for in each step.
         return
     for module in model.modules():
-        if module is not model and _WATCH in vars(module):
+        if hasattr(module, _ANNOUNCED):
             setattr(module, _ANNOUNCED, announced)
 
 
 def _before_backbone(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    announced = getattr(backbone, _ANNOUNCED, None)
+    if announced is not None:
+        setattr(backbone, _ANNOUNCED, None)
     arguments = {
-        **vars(backbone).pop(_ANNOUNCED, {}),
+        **(announced or {}),
         **dict(zip(parameter_names(type(backbone)), args, strict=False)),
         **{name: value for name, value in kwargs.items() if value is not None},
     }
     packing = {name: arguments[name] for name in PACKING_ARGUMENTS if name in arguments}
-    if not packing and arguments.get("attention_mask") is None and not torch.compiler.is_compiling():
-        packing = find_boundaries(arguments.get("position_ids"))
-    if not packing:
+    positions = arguments.get("position_ids") if arguments.get("attention_mask") is None else None
+    compiling = torch.compiler.is_compiling()
+    if not packing and not compiling:
+        packing = find_boundaries(positions)
+    if not packing and (positions is None or not compiling):
         return None
     layers = [layer for layer in backbone.modules() if isinstance(layer, S0Layer) and layer.participates]
     if not layers:
+        return None
+    if not packing:
+        refuse_boundaries(positions)
         return None
     if not all(layer.declaration.hears_packing for layer in layers):
         raise ValueError(

@@ -41,7 +41,7 @@ class InitialState(nn.Module):
 
     def forward(self) -> Tensor:
         """The state [heads, ...] in float32, unscaled."""
-        if self.weight.requires_grad and torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             penalize(self)
         return self.compose(self.weight)
 
@@ -51,6 +51,16 @@ class InitialState(nn.Module):
             return weight
         left, right = weight.split([self.shape[1], self.shape[2]], dim=1)
         return left @ right.transpose(1, 2)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Also called for a parameter that a loader puts in place of the first."""
+        super().register_parameter(name, param)
+        penalize(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copies and pickled parameters come without their hooks, and a compiled model cannot add them."""
+        super().__setstate__(state)
+        penalize(self)
 
     @property
     def untouched(self) -> bool:
@@ -106,6 +116,8 @@ class S0Layer(nn.Module, BaseTunerLayer):
         # Set while a call with `adapter_names` runs.
         self.row_adapters: RowAdapters | None = None
         self._active_adapter: list[str] = []
+        # Of the instance, as it will be after the first disable_adapter(): a compiled model sees the difference.
+        self._disable_adapters = False
         self.handles: list[RemovableHandle] = []
         # The mixer's call that is running, if S0 has something to do in it.
         self.call: Call | None = None

@@ -114,19 +114,39 @@ def find_boundaries(position_ids: Tensor | None) -> dict[str, Tensor]:
         `seq_idx`, int32 [batch, tokens], and for a single row `cu_seq_lens_q`, int32 [documents + 1]; nothing if every
         row is one document.
     """
+    starts = _starts(position_ids)
+    if starts is None or not bool(starts[:, 1:].any()):
+        return {}
+    found = {"seq_idx": starts.cumsum(1, dtype=torch.int32) - 1}
+    if starts.shape[0] == 1:
+        first = starts[0].nonzero().flatten()
+        found["cu_seq_lens_q"] = torch.cat([first, first.new_tensor([starts.shape[1]])]).int()
+    return found
+
+
+def refuse_boundaries(position_ids: Tensor | None) -> None:
+    """Raise a RuntimeError, when a compiled model runs, if `find_boundaries` would find something.
+
+    How many documents there are cannot be known while a model is compiled.
+    """
+    starts = _starts(position_ids)
+    if starts is not None:
+        torch._assert_async(
+            ~starts[:, 1:].any(),
+            "position_ids do not go up by one, so the row is packed. A compiled model cannot find the documents from "
+            "positions alone: pass cu_seq_lens_q or seq_idx as well, or do not compile.",
+        )
+
+
+def _starts(position_ids: Tensor | None) -> Tensor | None:
+    """Where documents begin, bool [batch, tokens]; None if positions say nothing of it."""
     if position_ids is not None and position_ids.ndim == 3 and position_ids.shape[0] == 4:
         position_ids = position_ids[0]
     if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] == 1:
-        return {}
+        return None
     starts = torch.ones_like(position_ids, dtype=torch.bool)
     starts[:, 1:] = position_ids.diff(dim=1) != 1
-    if not bool(starts[:, 1:].any()):
-        return {}
-    found = {"seq_idx": starts.cumsum(1, dtype=torch.int32) - 1}
-    if position_ids.shape[0] == 1:
-        first = starts[0].nonzero().flatten()
-        found["cu_seq_lens_q"] = torch.cat([first, first.new_tensor([position_ids.shape[1]])]).int()
-    return found
+    return starts
 
 
 def _boundaries(kwargs: dict[str, Any], hidden_states: Tensor) -> Tensor | None:
