@@ -20,7 +20,8 @@ from torch.nn.functional import pad
 from . import kernels, padding, taps
 from .layer import S0Layer
 from .mixers import Call, find_mixer, parameter_names
-from .packing import PACKING_ARGUMENTS, Carried, find_boundaries, find_documents
+from .mixers.views import JoinedRows, Stored, join_rows
+from .packing import PACKING_ARGUMENTS, Carried, find_boundaries, find_documents, refuse_boundaries
 
 CHILD = "s0"
 # Marks on a model, its backbones, and the layers around its mixers.
@@ -132,20 +133,24 @@ def _before_backbone(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     tokens = next((arguments[name].shape[1] for name in ("input_ids", "inputs_embeds") if name in arguments), 0)
     packing = {name: arguments[name] for name in PACKING_ARGUMENTS if name in arguments}
     mask, declarations = arguments.get("attention_mask"), getattr(backbone, _DECLARATIONS)
-    if not packing and mask is None and not torch.compiler.is_compiling():
-        packing = find_boundaries(arguments.get("position_ids"))
+    positions = arguments.get("position_ids") if mask is None and not packing else None
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        packing = packing or find_boundaries(positions)
     couriers = [declaration.courier for declaration in declarations if declaration.courier is not None]
     told = dict(packing) if couriers else {}
     if any(courier.mask for courier in couriers) and tokens > 1 and padding.pads_of(mask, tokens) is not None:
         told["attention_mask"] = mask
     checking = [declaration for declaration in declarations if declaration.checks]
-    if not packing and not told and not checking:
+    if not packing and not told and not checking and (positions is None or not compiling):
         return None
     layers = [layer for layer in backbone.modules() if isinstance(layer, S0Layer) and layer.participates]
     if not layers:
         return None
     for declaration in checking:
         declaration.check(backbone, {**arguments, **packing})
+    if compiling:
+        refuse_boundaries(positions)
     if told:
         _check_couriers(backbone, packing, len(layers))
         says.told = told
@@ -212,7 +217,7 @@ def _before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     if declaration.has_past(mixer, kwargs):
         if not declaration.resumes(tokens, pads, cache):
             return unchanged
-        _, rows = layer.start_states(batch, hidden_states.device)
+        rows = layer.learnt(layer.start_states(batch, hidden_states.device))
         call = Call(cache, None, padding.held_positions(pads, rows, None), rows)
         if mask is not None and pads is not None:
             # Some models pass the whole sequence's mask on.
@@ -223,14 +228,17 @@ def _before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     kwargs = dict(kwargs)
     sequences = declaration.sequences(mixer, kwargs)
     if sequences is not None:
-        states, rows = layer.start_states(sequences, hidden_states.device)
-        call = Call(cache, states, padding.held_positions(pads, rows, None), arguments=kwargs)
+        packed = None if sequences == batch else [0] * sequences
+        states = layer.start_states(batch, hidden_states.device, packed)
+        held = None if pads is None else padding.held_positions(pads, layer.learnt(states), None)
+        call = Call(cache, states, held, arguments=kwargs)
         kwargs[declaration.cache_argument] = _enter(mixer, layer, call)
         return (), kwargs
 
     documents = find_documents(kwargs, hidden_states, declaration.gap(mixer) if pads is None else None)
-    states, rows = layer.start_states(batch if documents is None else documents.count, hidden_states.device)
-    call, added = Call(cache, states, None, rows, arguments=kwargs), None
+    states = layer.start_states(batch, hidden_states.device, None if documents is None else documents.source)
+    learnt = layer.learnt(states) if pads is not None or tokens == 1 or declaration.reads_rows else None
+    call, added = Call(cache, states, None, learnt, arguments=kwargs), None
     if documents is not None:
         hidden_states = documents.unpack(hidden_states)
         added = documents.pads()
@@ -244,7 +252,8 @@ def _before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         # The packed row ends where its last document ends.
         call.kept, call.tokens = slice(-1, None), None if cache is None else documents.end()
     elif tokens == 1 and not declaration.starts_with_one:
-        if _stays_zero(states):
+        assert learnt is not None
+        if not _some(states, learnt):
             return None
         # Single steps are made for decoding: some kernels have no backward pass, some write to the state they are
         # given, some ignore the mask. A single first token is therefore run as two tokens, the second being a pad.
@@ -254,7 +263,10 @@ def _before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         mask = None if mask is None or mask.ndim != 2 else pad(mask[:, -1:], (0, 1))
         call.restore = _first_token
         call.kept, call.tokens = slice(None), slice(0, 1)
-    call.held = padding.held_positions(pads, rows, added)
+        if not _all(layer, learnt):
+            call.cache = None if cache is None else Stored(cache)
+            call.join = partial(_run_base_rows, mixer, dict(kwargs), learnt, call.cache)
+    call.held = padding.held_positions(pads, learnt, added)
     kwargs.update({declaration.input_argument: hidden_states, "attention_mask": mask})
     kwargs[declaration.cache_argument] = _enter(mixer, layer, call)
     return (), declaration.given(call, kwargs)
@@ -273,14 +285,49 @@ def _after_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         return None
     layer.call = None
     layer.declaration.leave(mixer, call)
-    return None if output is None else layer.declaration.returned(call, output)
+    if output is None:
+        return None
+    output = layer.declaration.returned(call, output)
+    return output if call.join is None else call.join(output)
 
 
-def _stays_zero(states: Tensor) -> bool:
-    """Whether a single first token may run the base model's own code, which is the same to the last bit then."""
+def _run_base_rows(mixer: nn.Module, kwargs: dict[str, Any], learnt: Tensor, stored: Stored | None, output: Any) -> Any:
+    """Give the rows without a learnt state what the base model makes of a single first token, to the last bit.
+
+    The others were run as two tokens, which rounds otherwise: the products of matrices have another shape. So the mixer
+    runs once more, as the base model runs it.
+
+    Args:
+        mixer: the mixer.
+        kwargs: what it was called with.
+        learnt: bool [rows], the rows to leave as they are.
+        stored: what these rows leave in the cache; None without a cache.
+        output: their output.
+    """
+    argument = layer_of(mixer).declaration.cache_argument
+    if stored is not None:
+        kwargs = {**kwargs, argument: JoinedRows(kwargs[argument], stored, learnt)}
+    # Not as a module: hooks of others see one call.
+    base = mixer.forward(**kwargs)
+    if isinstance(output, tuple):
+        return (join_rows(learnt, output[0], base[0]), *output[1:])
+    return join_rows(learnt, output, base)
+
+
+def _some(states: Tensor, learnt: Tensor) -> bool:
+    """Whether any row starts from a learnt state. If none does, a single first token runs the base model's own code."""
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and states.requires_grad):
-        return False
-    return not bool(states.any())
+        return True
+    return bool(learnt.any())
+
+
+def _all(layer: S0Layer, learnt: Tensor) -> bool:
+    """Whether every row does."""
+    if layer.row_adapters is None:
+        return True
+    if torch.compiler.is_compiling():
+        return all(name in layer.configs for name in layer.row_adapters.different)
+    return bool(learnt.all())
 
 
 def _first_token(output: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -12,9 +12,8 @@ from torch.utils.hooks import RemovableHandle
 
 from .config import S0Config
 from .mixers import Call, Mixer
+from .rows import RowAdapters
 from .training import penalize
-
-BASE = "__base__"
 
 
 class InitialState(nn.Module):
@@ -42,7 +41,7 @@ class InitialState(nn.Module):
 
     def forward(self) -> Tensor:
         """The state [heads, ...] in float32, unscaled."""
-        if self.weight.requires_grad and torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             penalize(self)
         return self.compose(self.weight)
 
@@ -52,6 +51,16 @@ class InitialState(nn.Module):
             return weight
         left, right = weight.split([self.shape[1], self.shape[2]], dim=1)
         return left @ right.transpose(1, 2)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Also called for a parameter that a loader puts in place of the first."""
+        super().register_parameter(name, param)
+        penalize(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copies and pickled parameters come without their hooks, and a compiled model cannot add them."""
+        super().__setstate__(state)
+        penalize(self)
 
     @property
     def untouched(self) -> bool:
@@ -104,9 +113,11 @@ class S0Layer(nn.Module, BaseTunerLayer):
         self.state_shape = tuple(int(size) for size in declaration.state_shape(mixer))
         self.s0_state = nn.ModuleDict()
         self.configs: dict[str, S0Config] = {}
-        # Adapter of each row while a call with `adapter_names` runs.
-        self.row_adapters: list[str] | None = None
+        # Set while a call with `adapter_names` runs.
+        self.row_adapters: RowAdapters | None = None
         self._active_adapter: list[str] = []
+        # Of the instance, as it will be after the first disable_adapter(): a compiled model sees the difference.
+        self._disable_adapters = False
         self.handles: list[RemovableHandle] = []
         # The mixer's call that is running, if S0 has something to do in it.
         self.call: Call | None = None
@@ -133,7 +144,7 @@ class S0Layer(nn.Module, BaseTunerLayer):
         """Whether any row of the next call may start from a learnt state."""
         if self._disable_adapters:
             return False
-        names = self._active_adapter if self.row_adapters is None else self.row_adapters
+        names = self._active_adapter if self.row_adapters is None else self.row_adapters.different
         return any(name in self.configs for name in names)
 
     def effective_state(self, adapter_name: str) -> Tensor:
@@ -144,58 +155,69 @@ class S0Layer(nn.Module, BaseTunerLayer):
             train_alpha * S if `train_alpha` is set. Never the parameter itself nor a view of it, since kernels may
             write to it.
         """
-        config = self.configs[adapter_name]
-        assert config.alpha is not None, "S0Model sets alpha before it makes layers"
-        state: Tensor = self.state(adapter_name)()
-        if self.training and config.train_alpha is not None:
-            return state * config.train_alpha
-        if config.normalize:
-            norm = state.norm()
-            # A zero state has no direction; it stays zero, with a finite gradient.
-            state = torch.where(norm > 0, state / norm.clamp_min(torch.finfo(norm.dtype).tiny), state)
-        return state * config.alpha
+        state, factor = self._scaled(adapter_name)
+        return state * factor
 
-    def start_states(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """What each row of a batch starts from.
+    def start_states(self, batch: int, device: torch.device, documents: Sequence[int] | None = None) -> Tensor:
+        """What each sequence of a batch starts from.
 
         Args:
             batch: number of rows.
-            device: where they are needed.
+            device: where the states are needed.
+            documents: for packed rows, the row of each document.
 
         Returns:
-            The states, float32 [batch, heads, ...], contiguous; and which rows differ from the base model's zero state
-            or are being learnt, bool [batch] or [1].
+            Float32 [rows or documents, heads, ...], contiguous.
 
         Raises:
-            ValueError: if the batch is no multiple of the `adapter_names` that were passed.
+            ValueError: if the `adapter_names` that were passed are not one for each row.
         """
         if self.row_adapters is None:
             active = [name for name in self._active_adapter if name in self.configs]
             state = self.effective_state(active[0])
             for name in active[1:]:
                 state = state + self.effective_state(name)
-            state = state.to(device)
-            return state.expand(batch, *state.shape).contiguous(), _matters(state.unsqueeze(0))
-        table, index = self._table()
-        repeats, rest = divmod(batch, len(index))
-        if rest:
-            raise ValueError(
-                f"adapter_names has {len(index)} entries, but the batch has {batch} rows, which is no multiple of it. "
-                "Pass one adapter name for each row of the input."
-            )
-        states = table.to(device)
-        # Beams and returned sequences repeat each row of the input in place.
-        rows = torch.tensor(index, device=device).repeat_interleave(repeats)
-        return states.index_select(0, rows), _matters(states).index_select(0, rows)
+            count = batch if documents is None else len(documents)
+            return state.to(device).expand(count, *state.shape).contiguous()
+        names = self.row_adapters.of(batch, documents)
+        scaled = {name: self._scaled(name) for name in self.row_adapters.different if name in self.configs}
+        zero = torch.zeros((), dtype=torch.float32, device=device).expand(self.state_shape)
+        found = {name: state.to(device) for name, (state, _) in scaled.items()}
+        # Gathered first and scaled then, so that the number of adapters does not count.
+        states = torch.stack([found.get(name, zero) for name in names])
+        factors = {factor for _, factor in scaled.values()}
+        if len(factors) == 1:
+            return states.mul_(factors.pop())
+        each = torch.tensor([scaled[name][1] if name in scaled else 1.0 for name in names], dtype=states.dtype)
+        return states.mul_(each.to(device).view(-1, *[1] * len(self.state_shape)))
 
-    def _table(self) -> tuple[Tensor, list[int]]:
-        """The different states of a call with `adapter_names`, [adapters, heads, ...], and the entry of each name."""
-        assert self.row_adapters is not None
-        known = sorted({name for name in self.row_adapters if name in self.configs})
-        states = [self.effective_state(name) for name in known]
-        base = torch.zeros_like(states[0])
-        place = {name: place for place, name in enumerate(known)}
-        return torch.stack([*states, base]), [place.get(name, len(known)) for name in self.row_adapters]
+    def learnt(self, states: Tensor) -> Tensor:
+        """Which rows differ from the base model's zero state or are being learnt, so that their pads must be exact.
+
+        Args:
+            states: from `start_states`.
+
+        Returns:
+            Bool [rows], or [1] if all rows start from the same state.
+        """
+        if self.row_adapters is None:
+            states = states[:1]
+        if torch.is_grad_enabled() and states.requires_grad:
+            return torch.ones(states.shape[0], dtype=torch.bool, device=states.device)
+        return (states != 0).flatten(1).any(dim=1)
+
+    def _scaled(self, adapter_name: str) -> tuple[Tensor, float]:
+        """An adapter's state and the factor that it is still to be multiplied by."""
+        config = self.configs[adapter_name]
+        assert config.alpha is not None, "S0Model sets alpha before it makes layers"
+        state: Tensor = self.state(adapter_name)()
+        if self.training and config.train_alpha is not None:
+            return state, config.train_alpha
+        if config.normalize:
+            norm = state.norm()
+            # A zero state has no direction; it stays zero, with a finite gradient.
+            state = torch.where(norm > 0, state / norm.clamp_min(torch.finfo(norm.dtype).tiny), state)
+        return state, config.alpha
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # There is no base layer to read a device from; a state is moved to the hidden states' device when it is used.
@@ -230,10 +252,3 @@ MERGE_ERROR = (
     "effect. There is nothing to gain either, since nothing is added to any step. Keep the adapter loaded, switch with "
     "set_adapter, and get the base model back with unload() or disable_adapter()."
 )
-
-
-def _matters(states: Tensor) -> Tensor:
-    """Bool [rows]: whether a row's state is not zero, or is being learnt, so that its pads must be exact."""
-    if torch.is_grad_enabled() and states.requires_grad:
-        return torch.ones(states.shape[0], dtype=torch.bool, device=states.device)
-    return (states != 0).flatten(1).any(dim=1)

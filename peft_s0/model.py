@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from .config import S0Config
 from .injection import CHILD, attach, detach, has_layer, layer_of, unwatch, watch
-from .layer import BASE, MERGE_ERROR, S0Layer
+from .layer import MERGE_ERROR, S0Layer
 from .mixers import Mixer, find_mixer, registered_mixers
 from .mixers.refused import looks_recurrent, refused
+from .rows import BASE, RowAdapters
 
 _STATE_KEY = f".{CHILD}.s0_state."
 
@@ -42,6 +43,8 @@ class S0Model(BaseTuner):
     prefix: str = "s0_"
     tuner_layer_cls = S0Layer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - as in PEFT
+    # Set while a call with `adapter_names` runs.
+    _rows: RowAdapters | None = None
 
     def _prepare_adapter_config(self, peft_config: S0Config, model_config: dict[str, Any]) -> S0Config:
         mixers = dict(_mixers(self.model))
@@ -213,32 +216,46 @@ class S0Model(BaseTuner):
         base model.
         """
         names = kwargs.pop("adapter_names", None)
-        if names is None:
+        rows, outer = None if names is None else self._row_adapters(names, args, kwargs), self._rows
+        if rows is None and outer is None:
             yield
             return
+        handles = []
+        try:
+            self._route(rows)
+            if outer is None:
+                # In a call within this call the same hooks find that call's rows.
+                hook = partial(_pass_adapter_names, self)
+                handles = [
+                    module.register_forward_pre_hook(hook, with_kwargs=True)
+                    for module in self.model.modules()
+                    if isinstance(module, AuxiliaryTrainingWrapper)
+                ]
+            yield
+        finally:
+            self._route(outer)
+            for handle in handles:
+                handle.remove()
+
+    def _row_adapters(self, names: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RowAdapters:
         if not isinstance(names, (list, tuple)):
             raise TypeError(f"adapter_names must be a list with one name for each row, got {type(names).__name__}.")
         if self.training:
             raise ValueError("adapter_names is for inference; call model.eval() first.")
-        unknown = sorted(set(names) - set(self.peft_config) - {BASE})
+        unknown = sorted({str(name) for name in names} - set(self.peft_config) - {BASE})
         if unknown:
             raise ValueError(
                 f"adapter_names has unknown adapters {unknown}; this model has {sorted(self.peft_config)} and '{BASE}'."
             )
-        layers, handles = list(self.layers()), []
-        try:
-            for layer in layers:
-                layer.row_adapters = list(names)
-            for module in self.model.modules():
-                if isinstance(module, AuxiliaryTrainingWrapper):
-                    hook = partial(_pass_adapter_names, adapter_names=list(names))
-                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-            yield
-        finally:
-            for layer in layers:
-                layer.row_adapters = None
-            for handle in handles:
-                handle.remove()
+        # What generate() is called with is seen here, before it repeats rows; what forward() is called with is not.
+        inputs = [kwargs[name] for name in ("inputs", "input_ids", "inputs_embeds") if kwargs.get(name) is not None]
+        inputs = [*args[:1], *inputs]
+        return RowAdapters(names, len(inputs[0]) if inputs else None)
+
+    def _route(self, rows: RowAdapters | None) -> None:
+        self._rows = rows
+        for layer in self.layers():
+            layer.row_adapters = rows
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -313,9 +330,15 @@ def _check_rank(config: S0Config, name: str, shape: tuple[int, ...]) -> None:
 
 
 def _pass_adapter_names(
-    module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]
-) -> tuple[Any, dict[str, Any]]:
-    return args, {**kwargs, "adapter_names": adapter_names}
+    tuner: S0Model, module: AuxiliaryTrainingWrapper, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Tell a module that an adapter has a copy of which copy each row takes; where it has none, the base model's."""
+    if tuner._rows is None:
+        return None
+    held = module._get_available_adapters()
+    batch = len(args[0] if args else next(iter(kwargs.values())))
+    names = [name if name in held else BASE for name in tuner._rows.of(batch)]
+    return args, {**kwargs, "adapter_names": names}
 
 
 def _check_states(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:

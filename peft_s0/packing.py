@@ -41,6 +41,7 @@ class Documents:
         row: long [batch * tokens], the row that each token goes to.
         column: long [batch * tokens], its place in that row.
         lengths: long [documents].
+        source: the packed row of each document.
         shape: number of rows and their width.
         own: how many tokens have a place of their own; those behind them share the last one.
         boundaries: long [documents + 1], where documents begin and end, if they are all in one row.
@@ -49,14 +50,10 @@ class Documents:
     row: Tensor
     column: Tensor
     lengths: Tensor
+    source: list[int]
     shape: tuple[int, int]
     own: int
     boundaries: Tensor | None
-
-    @property
-    def count(self) -> int:
-        """How many documents there are."""
-        return self.lengths.shape[0]
 
     def unpack(self, packed: Tensor) -> Tensor:
         """[batch, tokens, ...] -> [rows, width, ...], zeros behind each document."""
@@ -111,11 +108,12 @@ def find_documents(kwargs: dict[str, Any], hidden_states: Tensor, gap: int | Non
     shared = max(_same_at_the_end(lengths, hidden_states) - 1, 0)
     count, own = lengths.shape[0] - shared, batch * tokens - shared
     lengths, document = lengths[:count], document.clamp(max=count - 1)
+    source = (boundaries[:count] // tokens).tolist()
     if gap is None:
-        return Documents(document, position, lengths, (count, max(int(lengths.max()), 2)), own, None)
+        return Documents(document, position, lengths, source, (count, max(int(lengths.max()), 2)), own, None)
     boundaries = boundaries[: count + 1] + gap * torch.arange(count + 1, device=boundaries.device)
     column = boundaries[document] + position
-    return Documents(torch.zeros_like(column), column, lengths, (1, own + gap * count), own, boundaries)
+    return Documents(torch.zeros_like(column), column, lengths, source, (1, own + gap * count), own, boundaries)
 
 
 def find_boundaries(position_ids: Tensor | None) -> dict[str, Tensor]:
@@ -128,19 +126,39 @@ def find_boundaries(position_ids: Tensor | None) -> dict[str, Tensor]:
         `seq_idx`, int32 [batch, tokens], and for a single row `cu_seq_lens_q`, int32 [documents + 1]; nothing if every
         row is one document.
     """
+    starts = _starts(position_ids)
+    if starts is None or not bool(starts[:, 1:].any()):
+        return {}
+    found = {"seq_idx": starts.cumsum(1, dtype=torch.int32) - 1}
+    if starts.shape[0] == 1:
+        first = starts[0].nonzero().flatten()
+        found["cu_seq_lens_q"] = torch.cat([first, first.new_tensor([starts.shape[1]])]).int()
+    return found
+
+
+def refuse_boundaries(position_ids: Tensor | None) -> None:
+    """Raise a RuntimeError, when a compiled model runs, if `find_boundaries` would find something.
+
+    How many documents there are cannot be known while a model is compiled.
+    """
+    starts = _starts(position_ids)
+    if starts is not None:
+        torch._assert_async(
+            ~starts[:, 1:].any(),
+            "position_ids do not go up by one, so the row is packed. A compiled model cannot find the documents from "
+            "positions alone: pass cu_seq_lens_q or seq_idx as well, or do not compile.",
+        )
+
+
+def _starts(position_ids: Tensor | None) -> Tensor | None:
+    """Where documents begin, bool [batch, tokens]; None if positions say nothing of it."""
     if position_ids is not None and position_ids.ndim == 3 and position_ids.shape[0] == 4:
         position_ids = position_ids[0]
     if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] == 1:
-        return {}
+        return None
     starts = torch.ones_like(position_ids, dtype=torch.bool)
     starts[:, 1:] = position_ids.diff(dim=1) != 1
-    if not bool(starts[:, 1:].any()):
-        return {}
-    found = {"seq_idx": starts.cumsum(1, dtype=torch.int32) - 1}
-    if position_ids.shape[0] == 1:
-        first = starts[0].nonzero().flatten()
-        found["cu_seq_lens_q"] = torch.cat([first, first.new_tensor([position_ids.shape[1]])]).int()
-    return found
+    return starts
 
 
 def _boundaries(kwargs: dict[str, Any], hidden_states: Tensor) -> Tensor | None:

@@ -49,13 +49,13 @@ def penalty_gradient(state: InitialState) -> Tensor:
 
 
 def penalize(state: InitialState) -> None:
-    """Put the penalty on a state's parameter, if it is not there yet.
+    """Put the penalty on a state's parameter, if it is being learnt and the penalty is not there yet.
 
-    Called whenever the state is used with gradients, since copies of a module and parameters that a loader put in place
-    of the first come without their hooks.
+    Called whenever a module gets its parameter, and also when the state is used with gradients: some put parameters in
+    place of others without telling the module, and those come without their hooks.
     """
     weight = state.weight
-    if state.l2_lambda == 0 or torch.compiler.is_compiling():
+    if state.l2_lambda == 0 or torch.compiler.is_compiling() or not weight.requires_grad:
         return
     if not any(isinstance(hook, L2Penalty) for hook in (weight._backward_hooks or {}).values()):
         weight.register_hook(torch.utils.hooks.unserializable_hook(L2Penalty(state)))

@@ -50,7 +50,7 @@ def test_states_of_active_adapters_add_up(tuned: Tuned) -> None:
     for layer in layers:
         both = layer.effective_state("default") + layer.effective_state("second")
         layer.set_adapter(["default", "second"])
-        states, _ = layer.start_states(2, torch.device("cpu"))
+        states = layer.start_states(2, torch.device("cpu"))
         assert torch.equal(states, torch.stack([both, both]))
 
 

@@ -101,6 +101,7 @@ class Call:
         tokens: the tokens of the kept rows that are real; None: all.
         restore: brings the mixer's output back to the rows and tokens that it was called with; None: they are the same.
         arguments: what the mixer is called with at the start of a sequence.
+        join: puts the rows without a learnt state into the output; None: they are right.
     """
 
     cache: Any
@@ -111,6 +112,7 @@ class Call:
     tokens: slice | None = None
     restore: Callable[[Tensor], Tensor] | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
+    join: Callable[[Any], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,7 @@ class Mixer:
         input_argument: name of the forward argument that carries the hidden states [batch, tokens, features].
         starts_with_one: whether a call of a single token may start from a state as it is. Most single steps may not:
             they have no backward pass, or write to the state they are given.
+        reads_rows: whether `Call.rows` is to be known in every call, not only where it has pads or a single token.
         checks: whether `check` is to be asked before each call of the model.
     """
 
@@ -146,6 +149,7 @@ class Mixer:
     reach: Callable[[MixerModule], int] | None = None
     input_argument: str = "hidden_states"
     starts_with_one: bool = False
+    reads_rows: bool = False
     checks: bool = False
 
     @property

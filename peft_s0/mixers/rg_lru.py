@@ -97,6 +97,7 @@ class RGLRU(Mixer):
     input_argument: str = "input_states"
     courier: Courier | None = _COURIER
     starts_with_one: bool = True
+    reads_rows: bool = True
     checks: bool = True
 
     def has_past(self, mixer: MixerModule, arguments: dict[str, Any]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -89,3 +90,72 @@ class ScanFromZero(SequenceStart):
         if self.cache is not None:
             self.cache.update_recurrent_state(self.end(recurrent_states), layer_idx, **kwargs)
         return recurrent_states
+
+
+class Stored:
+    """Stands in for a cache and keeps what a mixer stores, for `JoinedRows` to store it with other rows.
+
+    Args:
+        cache: the real cache.
+    """
+
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
+        self.states: dict[tuple[str, int], Tensor] = {}
+
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
+        """Keep the convolution's input."""
+        self.states["conv", state_idx] = conv_states
+        return conv_states
+
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> Tensor:
+        """Keep the final states."""
+        self.states["recurrent", state_idx] = recurrent_states
+        return recurrent_states
+
+    def set_linear_cache(self, layer_idx: int, states: Tensor) -> None:
+        """Keep the final states of a lightning attention."""
+        self.states["linear", 0] = states
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        """Whether the real cache keeps its past to be rolled back."""
+        return bool(self.cache.is_recording_past(layer_idx))
+
+
+class JoinedRows:
+    """A view of a cache that stores some rows as they come, and in place of the others what another call made of them.
+
+    Args:
+        cache: the real cache.
+        stored: what the other call stored.
+        others: bool [rows], the rows to take from it.
+    """
+
+    def __init__(self, cache: Any, stored: Stored, others: Tensor) -> None:
+        self.cache = cache
+        self.stored = stored
+        self.others = others
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.cache, name)
+
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, **kwargs: Any) -> Any:
+        """Store the convolution's input [rows, channels, tokens]."""
+        joined = join_rows(self.others, self.stored.states["conv", kwargs.get("state_idx", 0)], conv_states)
+        return self.cache.update_conv_state(joined, layer_idx, **kwargs)
+
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, **kwargs: Any) -> Any:
+        """Store the final states [rows, heads, ...]."""
+        joined = join_rows(self.others, self.stored.states["recurrent", kwargs.get("state_idx", 0)], recurrent_states)
+        return self.cache.update_recurrent_state(joined, layer_idx, **kwargs)
+
+    def set_linear_cache(self, layer_idx: int, states: Tensor) -> None:
+        """Store the final states of a lightning attention."""
+        self.cache.set_linear_cache(layer_idx, join_rows(self.others, self.stored.states["linear", 0], states))
+
+
+def join_rows(rows: Tensor, these: Tensor, others: Tensor) -> Tensor:
+    """These rows of one tensor and the other rows of another; bool [rows] says which."""
+    return torch.where(rows.view(-1, *[1] * (these.ndim - 1)), these, others)

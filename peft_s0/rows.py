@@ -1,0 +1,59 @@
+"""Which adapter each row of a batch starts from, in a call with `adapter_names`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+BASE = "__base__"
+
+
+class RowAdapters:
+    """The adapters of a call's rows. Made once for a call, read by every layer where a sequence starts.
+
+    Args:
+        names: one name for each row of the input, `"__base__"` for the base model.
+        inputs: number of rows of the input, if it is known before the model runs. `generate()` may then repeat each row
+            for beams and returned sequences.
+
+    Raises:
+        ValueError: if there are more or fewer names than rows.
+    """
+
+    def __init__(self, names: Sequence[str], inputs: int | None = None) -> None:
+        self.names = tuple(names)
+        self.different = tuple(dict.fromkeys(self.names))
+        self._repeated = False
+        if inputs is not None:
+            self.check(inputs)
+            self._repeated = True
+
+    def of(self, batch: int, documents: Sequence[int] | None = None) -> Sequence[str]:
+        """The adapter of each sequence in a batch.
+
+        Args:
+            batch: number of rows that a mixer sees.
+            documents: for packed rows, the row of each document.
+
+        Returns:
+            One name for each row, or for each document.
+
+        Raises:
+            ValueError: if there are more or fewer names than rows.
+        """
+        self.check(batch)
+        repeats = batch // len(self.names)
+        names = self.names if repeats == 1 else [name for name in self.names for _ in range(repeats)]
+        return names if documents is None else [names[row] for row in documents]
+
+    def check(self, batch: int) -> None:
+        """Refuse a batch that does not have these rows.
+
+        Raises:
+            ValueError: see `of`.
+        """
+        repeated = self._repeated and bool(self.names) and batch % len(self.names) == 0
+        if batch != len(self.names) and not repeated:
+            raise ValueError(
+                f"adapter_names has {len(self.names)} entries, but the batch has {batch} rows. Pass one adapter name "
+                "for each row of the input."
+            )

@@ -1,0 +1,141 @@
+"""Compiled models: one graph for a prefill and one for all decoding steps, with the results of the uncompiled model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from architectures import Architecture
+from conftest import Tuned, tune
+from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from test_law import left_pad, packed_arguments
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from transformers import StaticCache
+
+from peft_s0 import S0Config
+
+pytestmark = pytest.mark.filterwarnings(
+    # From inside of torch and transformers.
+    "ignore:.*is_gradient_checkpointing:FutureWarning",
+    "ignore:.*torch.jit.script:DeprecationWarning",
+)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(model: nn.Module, backend: str = "aot_eager", fullgraph: bool = True) -> Callable:
+    """The whole PeftModel, compiled; a break in the graph is an error."""
+    return torch.compile(model, backend=backend, fullgraph=fullgraph, dynamic=False)
+
+
+def graphs() -> int:
+    """How many graphs were compiled so far."""
+    return counters["stats"]["unique_graphs"]
+
+
+@torch.no_grad()
+def test_prefill_and_decode(tuned: Tuned) -> None:
+    """32 steps on a static cache without a recompilation; then the next sequence on the same cache."""
+    model, cache = compiled(tuned.model), StaticCache(config=tuned.model.config, max_cache_len=48)
+    for seed in (1, 2):
+        ids = tuned.ids(2, 40, seed)
+        positions = torch.arange(40).expand(2, -1)
+
+        def run(part: slice, ids: Tensor = ids, positions: Tensor = positions) -> Tensor:
+            return model(ids[:, part], position_ids=positions[:, part], past_key_values=cache, use_cache=True).logits
+
+        logits = [run(slice(0, 7))]
+        # transformers' cache makes its tensors in the first prefill, and finds them in the second.
+        prefills = seed
+        logits += [run(slice(i, i + 1)) for i in range(7, 40)]
+        assert graphs() == prefills + 1
+        tuned.assert_equal(torch.cat(logits, dim=1), tuned.expected(ids), tuned.effect(ids))
+        cache.reset()
+
+
+@torch.no_grad()
+def test_padded_prefill(tuned: Tuned) -> None:
+    rows = [tuned.ids(1, 9)[0], tuned.ids(1, 5)[0]]
+    ids, mask, positions = left_pad(rows)
+    arguments = {"attention_mask": mask, "position_ids": positions}
+    logits = compiled(tuned.model)(ids, **arguments).logits
+    torch.testing.assert_close(logits, tuned.model(ids, **arguments).logits, atol=1e-6, rtol=0)
+    for i, row in enumerate(rows):
+        tuned.assert_equal(logits[i : i + 1][:, mask[i].bool()], tuned.expected(row[None]), tuned.effect(row[None]))
+    assert graphs() == 1
+
+
+def test_train_step(architecture: Architecture) -> None:
+    """The same gradients, with the penalty in them, of a model that never ran uncompiled."""
+    gradients = []
+    for use in (compiled, lambda model: model):
+        torch.manual_seed(1)
+        model = get_peft_model(architecture.build(), S0Config(init_weights=1.0, alpha=0.7, l2_lambda=0.25)).train()
+        ids = torch.arange(3, 17).view(2, 7)
+        use(model)(ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert len(gradients[1]) == architecture.states
+    for name, gradient in gradients[1].items():
+        torch.testing.assert_close(gradients[0][name], gradient, atol=1e-6, rtol=1e-5)
+    assert graphs() == 1
+
+
+@torch.no_grad()
+def test_a_compiled_model_follows(tuned: Tuned) -> None:
+    """Whatever is switched or written after compilation; what was compiled once is found again."""
+    torch.manual_seed(1)
+    tuned.model.add_adapter("second", S0Config(alpha=0.6, init_weights=1.0))
+    tuned.model.set_adapter("default")
+    ids, model, seen = tuned.ids(2, 9), compiled(tuned.model, backend="eager"), []
+
+    def check(recompiled: bool, **arguments: object) -> Tensor:
+        before = graphs()
+        logits = model(ids, use_cache=False, **arguments).logits
+        assert torch.equal(logits, tuned.model(ids, use_cache=False, **arguments).logits)
+        assert graphs() == before + recompiled
+        return logits
+
+    seen.append(check(recompiled=True))
+    tuned.model.set_adapter("second")
+    seen.append(check(recompiled=True))
+    tuned.model.set_adapter("default")
+    assert torch.equal(check(recompiled=False), seen[0])
+    for layer in tuned.model.base_model.layers():
+        layer.s0_state["default"].weight.mul_(-1)
+    seen.append(check(recompiled=False))
+    set_peft_model_state_dict(tuned.model, get_peft_model_state_dict(tune(tuned.architecture, seed=3).model))
+    seen.append(check(recompiled=False))
+    with tuned.model.disable_adapter():
+        seen.append(check(recompiled=True))
+    assert torch.equal(seen[-1], tuned.base(ids, use_cache=False).logits)
+    assert torch.equal(check(recompiled=False), seen[-2])
+    with tuned.model.disable_adapter():
+        check(recompiled=False)
+    tuned.model.peft_config["default"].alpha = 0.3
+    seen.append(check(recompiled=True))
+    rows = check(recompiled=True, adapter_names=["__base__", "second"])
+    assert torch.equal(rows[0], seen[-2][0])
+    assert torch.equal(rows[1], seen[1][1])
+    assert len({float(logits.sum()) for logits in seen}) == len(seen)
+
+
+@torch.no_grad()
+def test_packed_rows(tuned: Tuned) -> None:
+    """Positions alone cannot tell a compiled model how many documents there are: it says so. With their lengths it is
+    exact, in several graphs."""
+    rows = [tuned.ids(1, 6)[0], tuned.ids(1, 8, seed=1)[0]]
+    ids, arguments = torch.cat(rows)[None], packed_arguments([6, 8])
+    with pytest.raises(RuntimeError, match="A compiled model cannot find the documents from positions alone"):
+        compiled(tuned.model)(ids, position_ids=arguments["position_ids"], use_cache=False)
+    torch._dynamo.reset()
+    logits = compiled(tuned.model, backend="eager", fullgraph=False)(ids, use_cache=False, **arguments).logits
+    for row, actual in zip(rows, logits.split([6, 8], dim=1), strict=True):
+        tuned.assert_equal(actual, tuned.expected(row[None]), tuned.effect(row[None]))
