@@ -25,7 +25,7 @@ class InitialState(nn.Module):
 
     Args:
         shape: [heads, ...], as the mixer's recurrence takes it.
-        config: gives `rank`, `init_weights` and `l2_lambda`.
+        config: gives `rank`, `init_weights`, `l2_lambda` and `inference_mode`.
         device: where the parameter is made.
     """
 
@@ -39,9 +39,16 @@ class InitialState(nn.Module):
         self.weight = nn.Parameter(torch.zeros(stored, dtype=torch.float32, device=device))
         self._initialize(config.init_weights)
         self._created = self.weight._version
+        # The states of an adapter for inference are loaded; its first values stand for nothing.
+        self.awaited = config.inference_mode
 
     def forward(self) -> Tensor:
-        """The state [heads, ...] in float32, unscaled."""
+        """The state [heads, ...] in float32, unscaled.
+
+        Raises:
+            RuntimeError: if the state is for inference and was never loaded.
+        """
+        self.check_loaded()
         if self.weight.requires_grad and torch.is_grad_enabled():
             penalize(self)
         return self.compose(self.weight)
@@ -57,6 +64,28 @@ class InitialState(nn.Module):
     def untouched(self) -> bool:
         """Whether nothing was written to the parameter since it was made."""
         return self.weight._version == self._created
+
+    def check_loaded(self) -> None:
+        """Refuse a state that is for inference and was never loaded; see `forward`."""
+        if self.awaited:
+            if self.untouched:
+                raise RuntimeError(NOT_LOADED)
+            self.awaited = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # How transformers loads: it puts a parameter of its own in place of the first.
+        if name == "weight":
+            self.awaited = False
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.awaited = self.awaited and self.untouched
+        return vars(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # A copy counts what is written to its parameter from the start again.
+        self._created = self.weight._version
 
     def _initialize(self, init_weights: bool | float) -> None:
         if self.weight.is_meta:
@@ -188,6 +217,19 @@ class S0Layer(nn.Module, BaseTunerLayer):
         rows = torch.tensor(index, device=device).repeat_interleave(repeats)
         return states.index_select(0, rows), _matters(states).index_select(0, rows)
 
+    def requires_grad_(self, requires_grad: bool = True) -> S0Layer:
+        """As of any module.
+
+        transformers freezes a layer so when it has loaded an adapter. It only logs which states it did not find; here
+        they are refused.
+
+        Raises:
+            RuntimeError: if a state is for inference and was never loaded.
+        """
+        for name in self.configs:
+            self.state(name).check_loaded()
+        return super().requires_grad_(requires_grad)
+
     def _table(self) -> tuple[Tensor, list[int]]:
         """The different states of a call with `adapter_names`, [adapters, heads, ...], and the entry of each name."""
         assert self.row_adapters is not None
@@ -224,6 +266,13 @@ class S0Layer(nn.Module, BaseTunerLayer):
         """Never called; raises RuntimeError."""
         raise RuntimeError("An S0 layer is not called; it acts through the hooks of its mixer.")
 
+
+NOT_LOADED = (
+    "A state of an S0 adapter for inference was never loaded: the file or state dict had none under its layer's name. "
+    "transformers' own load_adapter and from_pretrained do not translate all names between the classes of a model, as "
+    "from text-only to vision-language. Use PeftModel.from_pretrained, which does, on a model without this adapter ("
+    "delete_adapter takes it away). For an adapter that starts from its first values, set inference_mode=False."
+)
 
 MERGE_ERROR = (
     "S0 adapters cannot be merged or unmerged: an initial state is no weight, and no weight of the base model has its "
