@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule,
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from .card import tag_model, untag_model
 from .config import S0Config
 from .injection import CHILD, attach, detach, has_layer, layer_of, unwatch_packing, watch_packing
 from .layer import BASE, MERGE_ERROR, S0Layer
@@ -145,6 +146,7 @@ class S0Model(BaseTuner):
             state_dict=state_dict,
         )
         watch_packing(model)
+        tag_model(model)
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(MERGE_ERROR)
@@ -163,6 +165,7 @@ class S0Model(BaseTuner):
             if has_layer(module):
                 detach(module)
         unwatch_packing(self.model)
+        untag_model(self.model)
         return self.model
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -398,6 +401,8 @@ def _withdraw(model: Any, config: S0Config, adapter_name: str) -> None:
     unwatch_packing(base)
     adapters = model.peft_config
     adapters.pop(adapter_name, None)
+    if not adapters:
+        untag_model(base)
     if not adapters and "peft_config" in vars(base):
         # As PEFT's own unload does it: a model that carries this attribute counts as adapted.
         del base.peft_config
