@@ -8,7 +8,9 @@ from ._versions import require_transformers
 
 require_transformers()
 
+from .card import update_model_card  # noqa: E402
 from .config import S0Config  # noqa: E402
+from .hub import push_to_hub  # noqa: E402
 from .layer import S0Layer  # noqa: E402
 from .mixers import Family, Gate, Mixer, register_mixer, registered_mixers  # noqa: E402
 from .model import S0Model  # noqa: E402
@@ -18,4 +20,15 @@ register()
 
 __version__ = "0.1.0"
 
-__all__ = ["Family", "Gate", "Mixer", "S0Config", "S0Layer", "S0Model", "register_mixer", "registered_mixers"]
+__all__ = [
+    "Family",
+    "Gate",
+    "Mixer",
+    "S0Config",
+    "S0Layer",
+    "S0Model",
+    "push_to_hub",
+    "register_mixer",
+    "registered_mixers",
+    "update_model_card",
+]

@@ -5,11 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, ClassVar, Literal
 
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
 from safetensors import SafetensorError, safe_open
+
+from .card import update_card_of_peft
 
 VARIANTS = ("initial",)
 
@@ -140,7 +146,8 @@ class S0Config(PeftConfig):
     ) -> S0Config:
         """Load the config of a saved adapter, from a folder or from the Hub.
 
-        A folder's states file is opened as well, so that a broken one is refused before any model is touched.
+        The states file is opened as well, downloaded if it is on the Hub, so that a broken one is refused before any
+        model is touched.
 
         Args:
             pretrained_model_name_or_path: folder or Hub id of the adapter.
@@ -148,26 +155,61 @@ class S0Config(PeftConfig):
             kwargs: passed on to PEFT.
 
         Raises:
-            ValueError: if the folder's states file is truncated or no safetensors file, or no config is there.
+            ValueError: if the states file is truncated or damaged, or no config is there.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        _check_readable(Path(pretrained_model_name_or_path) / (subfolder or "") / SAFETENSORS_WEIGHTS_NAME)
+        options, _, _ = cls._split_kwargs(kwargs)
+        file = _find_states(pretrained_model_name_or_path, subfolder, options)
+        if file is not None:
+            _check_readable(file)
         vars(config)["awaits_states"] = True
         return config
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save the config; if PEFT has written a model card for the adapter, add the section on S0 to it.
+
+        Args:
+            save_directory: folder to save into.
+            kwargs: passed on to PEFT.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        update_card_of_peft(Path(save_directory))
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _check_readable(file: Path) -> None:
-    if not file.is_file():
-        return
-    try:
-        with safe_open(file, framework="pt"):
+def _find_states(source: str, subfolder: str | None, options: dict[str, Any]) -> Path | None:
+    """The states file that PEFT will load, downloaded if the source is no folder; None if there is none.
+
+    Raises:
+        LocalEntryNotFoundError: if the Hub does not answer and the file is not in the cache.
+    """
+    folder, names = Path(source, subfolder or ""), (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
+    if folder.is_dir():
+        return next((folder / name for name in names if (folder / name).is_file()), None)
+    for name in names:
+        try:
+            return Path(hf_hub_download(source, name, subfolder=subfolder, **options))
+        except LocalEntryNotFoundError:
+            if name == names[-1]:
+                raise
+        except EntryNotFoundError:
             pass
-    except SafetensorError as error:
+    return None
+
+
+def _check_readable(file: Path) -> None:
+    try:
+        if file.name == SAFETENSORS_WEIGHTS_NAME:
+            with safe_open(file, framework="pt"):
+                pass
+        else:
+            torch.load(file, map_location="meta", weights_only=True)
+    except (SafetensorError, RuntimeError, EOFError, OSError, UnpicklingError) as error:
+        kind = "safetensors" if file.name == SAFETENSORS_WEIGHTS_NAME else "PyTorch"
         raise ValueError(
-            f"'{file}' is not a whole safetensors file ({error}; {file.stat().st_size} bytes on disk): it is truncated "
-            "or damaged. Copy or download the adapter again."
+            f"'{file}' is not a whole {kind} file ({error}; {file.stat().st_size} bytes on disk): it is truncated or "
+            "damaged. Copy the adapter again, or download it again with force_download=True."
         ) from error

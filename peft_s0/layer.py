@@ -24,7 +24,7 @@ class InitialState(nn.Module):
 
     Args:
         shape: [heads, ...], as the mixer's recurrence takes it.
-        config: gives `rank`, `init_weights` and `l2_lambda`.
+        config: gives `rank`, `init_weights`, `l2_lambda` and `inference_mode`.
         device: where the parameter is made.
     """
 
@@ -38,9 +38,16 @@ class InitialState(nn.Module):
         self.weight = nn.Parameter(torch.zeros(stored, dtype=torch.float32, device=device))
         self._initialize(config.init_weights)
         self._created = self.weight._version
+        # The states of an adapter for inference are loaded; its first values stand for nothing.
+        self.awaited = config.inference_mode
 
     def forward(self) -> Tensor:
-        """The state [heads, ...] in float32, unscaled."""
+        """The state [heads, ...] in float32, unscaled.
+
+        Raises:
+            RuntimeError: if the state is for inference and was never loaded.
+        """
+        self.check_loaded()
         if torch.is_grad_enabled():
             penalize(self)
         return self.compose(self.weight)
@@ -61,11 +68,30 @@ class InitialState(nn.Module):
         """Copies and pickled parameters come without their hooks, and a compiled model cannot add them."""
         super().__setstate__(state)
         penalize(self)
+        # A copy counts what is written to its parameter from the start again.
+        self._created = self.weight._version
 
     @property
     def untouched(self) -> bool:
         """Whether nothing was written to the parameter since it was made."""
         return self.weight._version == self._created
+
+    def check_loaded(self) -> None:
+        """Refuse a state that is for inference and was never loaded; see `forward`."""
+        if self.awaited:
+            if self.untouched:
+                raise RuntimeError(NOT_LOADED)
+            self.awaited = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # How transformers loads: it puts a parameter of its own in place of the first.
+        if name == "weight":
+            self.awaited = False
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.awaited = self.awaited and self.untouched
+        return vars(self)
 
     def _initialize(self, init_weights: bool | float) -> None:
         if self.weight.is_meta:
@@ -191,6 +217,19 @@ class S0Layer(nn.Module, BaseTunerLayer):
         each = torch.tensor([scaled[name][1] if name in scaled else 1.0 for name in names], dtype=states.dtype)
         return states.mul_(each.to(device).view(-1, *[1] * len(self.state_shape)))
 
+    def requires_grad_(self, requires_grad: bool = True) -> S0Layer:
+        """As of any module.
+
+        transformers freezes a layer so when it has loaded an adapter. It only logs which states it did not find; here
+        they are refused.
+
+        Raises:
+            RuntimeError: if a state is for inference and was never loaded.
+        """
+        for name in self.configs:
+            self.state(name).check_loaded()
+        return super().requires_grad_(requires_grad)
+
     def learnt(self, states: Tensor) -> Tensor:
         """Which rows differ from the base model's zero state or are being learnt, so that their pads must be exact.
 
@@ -246,6 +285,13 @@ class S0Layer(nn.Module, BaseTunerLayer):
         """Never called; raises RuntimeError."""
         raise RuntimeError("An S0 layer is not called; it acts through the hooks of its mixer.")
 
+
+NOT_LOADED = (
+    "A state of an S0 adapter for inference was never loaded: the file or state dict had none under its layer's name. "
+    "transformers' own load_adapter and from_pretrained do not translate all names between the classes of a model, as "
+    "from text-only to vision-language. Use PeftModel.from_pretrained, which does, on a model without this adapter ("
+    "delete_adapter takes it away). For an adapter that starts from its first values, set inference_mode=False."
+)
 
 MERGE_ERROR = (
     "S0 adapters cannot be merged or unmerged: an initial state is no weight, and no weight of the base model has its "

@@ -13,11 +13,13 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule,
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from .card import tag_model, untag_model
 from .config import S0Config
 from .injection import CHILD, attach, detach, has_layer, layer_of, unwatch, watch
 from .layer import MERGE_ERROR, S0Layer
 from .mixers import Mixer, find_mixer, registered_mixers
 from .mixers.refused import looks_recurrent, refused
+from .naming import match_names, shared_name
 from .rows import BASE, RowAdapters
 
 _STATE_KEY = f".{CHILD}.s0_state."
@@ -54,6 +56,19 @@ class S0Model(BaseTuner):
             # Written into the config, which is what is saved: loading needs the names.
             others = {name for name, _ in self.model.named_modules() if name and name not in mixers}
             peft_config.target_modules = _find_minimal_target_modules(set(mixers), others)
+        elif not isinstance(peft_config.target_modules, str):
+            # Full names may be those of another class of the model.
+            modules = [f".{name}" for name, _ in self.model.named_modules()]
+            unknown = {
+                target
+                for target in peft_config.target_modules
+                if not any(name.endswith(f".{target}") for name in modules)
+            }
+            renamed = match_names(unknown, mixers)
+            peft_config.target_modules = {renamed.get(target, target) for target in peft_config.target_modules}
+        if peft_config.layers_to_transform is not None and peft_config.layers_pattern is None:
+            # PEFT's own guess needs something in front of the list of layers, which a bare backbone has not.
+            peft_config.layers_pattern = sorted({shared_name(name).partition(".")[0] for name in mixers})
         if peft_config.alpha is None:
             families = {declaration.family for declaration in mixers.values()}
             if len({family.alpha for family in families}) > 1:
@@ -121,8 +136,11 @@ class S0Model(BaseTuner):
     ) -> None:
         """See `BaseTuner.inject_adapter`."""
         if state_dict is not None:
-            # PEFT takes what stands in front of the prefix for the target; here that is the mixer's child.
-            state_dict = {key.replace(_STATE_KEY, ".s0_state."): value for key, value in state_dict.items()}
+            # PEFT takes what stands in front of the prefix for the target; here that is the mixer's child, and its name
+            # may be that of another class of the model.
+            names = {key: key.partition(_STATE_KEY)[0] for key in state_dict if _STATE_KEY in key}
+            own = match_names(names.values(), (name for name, _ in _mixers(model)))
+            state_dict = {f"{own[names[key]]}.s0_state.weight": state_dict[key] for key in names}
         super().inject_adapter(
             model,
             adapter_name,
@@ -131,6 +149,7 @@ class S0Model(BaseTuner):
             state_dict=state_dict,
         )
         watch(model)
+        tag_model(model)
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(MERGE_ERROR)
@@ -149,6 +168,7 @@ class S0Model(BaseTuner):
             if has_layer(module):
                 detach(module)
         unwatch(self.model)
+        untag_model(self.model)
         return self.model
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -208,7 +228,7 @@ class S0Model(BaseTuner):
                     states = [
                         weight * layer.effective_state(name) for name, weight in zip(adapters, weights, strict=True)
                     ]
-                    layer.state(adapter_name).weight.copy_(torch.stack(states).sum(0))
+                    layer.state(adapter_name).load_state_dict({"weight": torch.stack(states).sum(0)})
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -262,6 +282,9 @@ class S0Model(BaseTuner):
         cls, model: nn.Module, config: S0Config, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Map a file's names to the model's; refuse a file that is not this adapter's before anything is written."""
+        expected = (cls._remove_adapter_name_from_key(name, adapter_name) for name in _states(model, adapter_name))
+        own = match_names((name for name in state_dict if _STATE_KEY in name), expected)
+        state_dict = {own.get(name, name): value for name, value in state_dict.items()}
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
@@ -341,6 +364,13 @@ def _pass_adapter_names(
     return args, {**kwargs, "adapter_names": names}
 
 
+def _states(model: nn.Module, adapter_name: str) -> dict[str, torch.Size]:
+    """Names and shapes of an adapter's states in a model."""
+    return {
+        name: parameter.shape for name, parameter in model.named_parameters() if f"{_STATE_KEY}{adapter_name}." in name
+    }
+
+
 def _check_states(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
     """Compare a file's states with what the model expects.
 
@@ -348,9 +378,7 @@ def _check_states(model: nn.Module, adapter_name: str, state_dict: dict[str, Ten
         ValueError: for missing or additional layers, other shapes, dtypes that are not floating-point, or values that
             are not finite; the message names the layer, the expected and the found.
     """
-    expected = {
-        name: parameter.shape for name, parameter in model.named_parameters() if f"{_STATE_KEY}{adapter_name}." in name
-    }
+    expected = _states(model, adapter_name)
     found = {name: state for name, state in state_dict.items() if "s0_state" in name}
     missing, additional = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     advice = "Load the adapter on the base model it was trained on."
@@ -396,6 +424,8 @@ def _withdraw(model: Any, config: S0Config, adapter_name: str) -> None:
     unwatch(base)
     adapters = model.peft_config
     adapters.pop(adapter_name, None)
+    if not adapters:
+        untag_model(base)
     if not adapters and "peft_config" in vars(base):
         # As PEFT's own unload does it: a model that carries this attribute counts as adapted.
         del base.peft_config

@@ -162,6 +162,20 @@ def test_truncated_file(tuned: Tuned, folder: Path, keep: int) -> None:
     assert untouched(base)
 
 
+@pytest.mark.parametrize("keep", [0, 100, -10])
+def test_truncated_pickled_file(tuned: Tuned, tmp_path: Path, keep: int) -> None:
+    tuned.model.save_pretrained(tmp_path, safe_serialization=False)
+    file = tmp_path / "adapter_model.bin"
+    whole, ids = file.read_bytes(), tuned.ids(1, 5)
+    file.write_bytes(whole[:keep])
+    base = tuned.architecture.build()
+    with pytest.raises(ValueError, match=r"adapter_model.bin' is not a whole PyTorch file.*again"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert untouched(base)
+    file.write_bytes(whole)
+    assert torch.equal(PeftModel.from_pretrained(base, tmp_path)(ids).logits, tuned.model(ids).logits)
+
+
 def test_adapter_of_another_architecture(tmp_path: Path) -> None:
     first, second = ARCHITECTURES[:2]
     tune(first).model.save_pretrained(tmp_path)

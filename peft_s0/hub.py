@@ -1,0 +1,68 @@
+"""Pushing adapters to the Hugging Face Hub together with their model card."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, HfApi, ModelCard
+from huggingface_hub.errors import EntryNotFoundError
+
+from .card import CARD_NAME, update_model_card
+
+
+def push_to_hub(
+    model: Any,
+    repo_id: str,
+    *,
+    commit_message: str = "Upload S0 adapter",
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> CommitInfo:
+    """Push a model's S0 adapters to the Hub, together with their model card.
+
+    `model.push_to_hub` pushes the same states, but puts transformers' general card in place of the one that PEFT and S0
+    write. A card that the repository has already is kept, and its section on S0 renewed.
+
+    Args:
+        model: the adapted model, a `PeftModel` or a transformers model.
+        repo_id: the repository; it is made if it does not exist.
+        commit_message: message of the commit.
+        private: whether a new repository is private. `None`: the default of its owner.
+        token: token for the Hub. `None`: the stored one.
+        revision: branch to push to; it is made if it does not exist.
+        create_pr: open a pull request instead.
+
+    Returns:
+        The commit.
+
+    Raises:
+        ValueError: if the model has no S0 adapter.
+    """
+    if not any(config.peft_type == "S0" for config in getattr(model, "peft_config", {}).values()):
+        raise ValueError(f"This {type(model).__name__} has no S0 adapter to push; make one with get_peft_model.")
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        card = Path(folder, CARD_NAME)
+        try:
+            shutil.copyfile(api.hf_hub_download(repo_id, CARD_NAME, revision=revision), card)
+        except EntryNotFoundError:
+            earlier = None
+        else:
+            earlier = ModelCard.load(card).data
+        model.save_pretrained(folder)
+        update_model_card(folder, repo_id=repo_id, earlier=earlier)
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+        )

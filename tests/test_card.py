@@ -1,0 +1,230 @@
+"""What the model card of an adapter says, and what it leaves as it is."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import Architecture
+from conftest import tune
+from datasets import Dataset
+from huggingface_hub import ModelCard
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from peft_s0 import S0Config, update_model_card
+
+# PEFT looks for the base model's vocabulary on the Hub.
+pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in")
+
+START, END = "<!-- peft_s0: this section", "<!-- peft_s0: end of the section -->"
+
+
+@pytest.fixture
+def model(architecture: Architecture) -> PeftModel:
+    return tuned(architecture)
+
+
+def tuned(architecture: Architecture, base: str = "org/base-1.5B", **config: object) -> PeftModel:
+    """A tuned model whose base was loaded from somewhere."""
+    model = tune(architecture, **config).model
+    model.get_base_model().name_or_path = base
+    model.get_base_model().config._name_or_path = base
+    return model
+
+
+def card_of(folder: Path) -> ModelCard:
+    return ModelCard.load(folder / "README.md")
+
+
+def rows_of(card: ModelCard) -> list[dict[str, str]]:
+    """The table of adapters."""
+    lines = [line.strip("| ").split(" | ") for line in card.text.splitlines() if line.startswith("|")]
+    return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
+
+
+def test_the_card_says_what_is_in_the_file(model: PeftModel, architecture: Architecture, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    card = card_of(tmp_path)
+    states = load_file(tmp_path / "adapter_model.safetensors")
+    size = (tmp_path / "adapter_model.safetensors").stat().st_size
+    assert rows_of(card) == [
+        {
+            "adapter": "default",
+            "alpha": "0.7",
+            "layers": str(architecture.states),
+            "parameters": f"{sum(state.numel() for state in states.values()):,}",
+            "file": f"{size / 1000:.1f} kB",
+        }
+    ]
+    assert "[org/base-1.5B](https://huggingface.co/org/base-1.5B)" in card.text
+    assert card.data.base_model == "org/base-1.5B"
+    assert card.data.library_name == "peft"
+    assert {"s0-tuning", "peft", "transformers", "base_model:adapter:org/base-1.5B"} <= set(card.data.tags)
+    # The questions of PEFT's template, which nobody has answered, are gone; its versions are not.
+    assert "More Information Needed" not in card.text
+    assert re.search(r"### Framework versions\n\n- PEFT \d", card.text)
+
+
+def test_settings_show_where_they_are_used(architecture: Architecture, tmp_path: Path) -> None:
+    model = tuned(architecture, train_alpha=1.0, normalize=True, rank=2)
+    model.add_adapter("second", S0Config(alpha=0.25))
+    model.save_pretrained(tmp_path)
+    first, second = rows_of(card_of(tmp_path))
+    assert [first[name] for name in ("adapter", "alpha", "train_alpha", "normalize", "rank")] == [
+        "default", "0.7", "1", "yes", "2"
+    ]  # fmt: skip
+    assert [second[name] for name in ("adapter", "alpha", "train_alpha", "normalize", "rank")] == [
+        "`second`", "0.25", "-", "no", "-"
+    ]  # fmt: skip
+    assert first["layers"] == second["layers"]
+    assert first["parameters"] != second["parameters"]
+
+
+def test_saving_again_changes_nothing_but_the_section(model: PeftModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    first = (tmp_path / "README.md").read_text()
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == first
+    card = card_of(tmp_path)
+    # A user who moves the section down, and writes around it.
+    card.text = f"\n# My task\n\nWhat it does.\n{card.text}\n## More\n\nA | table | of mine.\n"
+    card.data["license"] = "mit"
+    card.save(tmp_path / "README.md")
+    model.peft_config["default"].alpha = 0.125
+    for _ in range(2):
+        model.save_pretrained(tmp_path)
+        again = card_of(tmp_path)
+        assert again.text.rstrip() == card.text.replace("| 0.7 |", "| 0.125 |").rstrip()
+        assert again.data["license"] == "mit"
+    update_model_card(tmp_path, repo_id="me/my-task")
+    assert 'from_pretrained(model, "me/my-task")\n' in card_of(tmp_path).text
+
+
+def test_a_card_that_was_there_before(model: PeftModel, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\nlanguage: en\n---\n# Mine\n\nWords.\n")
+    model.save_pretrained(tmp_path)
+    card = card_of(tmp_path)
+    assert card.text.startswith(f"\n{START}")
+    assert f"{END}\n\n# Mine\n\nWords.\n" in card.text
+    assert card.data["language"] == "en"
+
+
+@pytest.mark.parametrize("base", ["/home/me/models/base", "C:\\models\\base", "../base", "here", ""])
+def test_a_path_is_not_shown_as_a_name(architecture: Architecture, tmp_path: Path, monkeypatch, base: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    tuned(architecture, base).save_pretrained(tmp_path / "adapter")
+    card = card_of(tmp_path / "adapter")
+    assert card.data.base_model is None
+    assert f"of a local {architecture.model_class.__name__}," in card.text
+    assert 'AutoModelForCausalLM.from_pretrained("path/to/the/base/model"' in card.text
+    assert not any(tag.startswith("base_model") for tag in card.data.tags)
+    if base:
+        assert f'"{base}"' not in str(card)
+        assert f": {base}" not in str(card)
+
+
+def test_adapters_in_folders_of_their_own(architecture: Architecture, tmp_path: Path) -> None:
+    """PEFT has one card for all; a trainer's checkpoints have their own, and are not taken for adapters."""
+    model = get_peft_model(architecture.build(), S0Config(alpha=0.5), adapter_name="second")
+    model.save_pretrained(tmp_path / "checkpoint-1")
+    model.save_pretrained(tmp_path)
+    card = card_of(tmp_path)
+    assert [row["adapter"] for row in rows_of(card)] == ["`second`"]
+    assert card.text.count(START) == 1
+    assert f'from_pretrained(model, "{tmp_path.name}", adapter_name="second", subfolder="second")' in card.text
+    assert card_of(tmp_path / "checkpoint-1").text.count(START) == 1
+
+
+def test_a_folder_that_transformers_saved(architecture: Architecture, tmp_path: Path) -> None:
+    base = architecture.build()
+    base.add_adapter(S0Config(alpha=0.5))
+    base.save_pretrained(tmp_path)
+    assert not (tmp_path / "README.md").exists()
+    update_model_card(tmp_path)
+    (row,) = rows_of(card_of(tmp_path))
+    assert row["alpha"] == "0.5"
+    assert "from transformers import AutoModelForCausalLM" in card_of(tmp_path).text
+
+
+def test_a_pickled_file_is_not_measured(model: PeftModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path, safe_serialization=False)
+    assert rows_of(card_of(tmp_path)) == [{"adapter": "default", "alpha": "0.7"}]
+
+
+def test_cards_of_others_are_left_alone(architecture: Architecture, tmp_path: Path) -> None:
+    """A config on its own is not an adapter, and a README of something else is not its card."""
+    (tmp_path / "README.md").write_text("# A project\n")
+    (tmp_path / "config").mkdir()
+    for folder in (tmp_path, tmp_path / "config"):
+        S0Config(alpha=0.5).save_pretrained(folder)
+    assert (tmp_path / "README.md").read_text() == "# A project\n"
+    assert not (tmp_path / "config" / "README.md").exists()
+    lora = get_peft_model(architecture.build(), LoraConfig(target_modules=["q_proj"]))
+    lora.save_pretrained(tmp_path / "lora")
+    assert "s0" not in str(card_of(tmp_path / "lora")).lower()
+    with pytest.raises(ValueError, match="lora' holds no S0 adapter"):
+        update_model_card(tmp_path / "lora")
+
+
+def test_the_tag_goes_with_the_adapter(architecture: Architecture, tmp_path: Path) -> None:
+    """On the base model, where transformers and trainers look for it, as long as there is an adapter."""
+    model = tuned(architecture)
+    assert model.model_tags == ["s0-tuning"]
+    assert model.unload().model_tags is None
+    model = tuned(architecture)
+    model.add_model_tags("mine")
+    assert model.unload().model_tags == ["mine"]
+    tuned(architecture, layers_to_transform=[0]).save_pretrained(tmp_path)
+    config = S0Config.from_pretrained(tmp_path)
+    config.layers_to_transform = None
+    base = architecture.build()
+    with pytest.raises(ValueError, match="missing in the file"):
+        PeftModel.from_pretrained(base, tmp_path, config=config)
+    assert base.model_tags is None
+
+
+def test_a_trainers_card(architecture: Architecture, tmp_path: Path) -> None:
+    """transformers' trainer writes its own text over PEFT's, and adds PEFT's data; the section can be put back."""
+    model = tuned(architecture)
+    trainer = Trainer(model, TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True))
+    trainer.save_model()
+    assert START in card_of(tmp_path).text
+    trainer.create_model_card()
+    written = card_of(tmp_path)
+    assert "s0-tuning" in written.data.tags
+    update_model_card(tmp_path)
+    assert card_of(tmp_path).text.endswith(written.text.lstrip())
+    assert START in card_of(tmp_path).text
+
+
+def test_a_card_of_trl(architecture: Architecture, tmp_path: Path) -> None:
+    model = tuned(architecture)
+    data = Dataset.from_dict({"input_ids": [[3, 4, 5]]})
+    arguments = SFTConfig(
+        output_dir=str(tmp_path), report_to=[], use_cpu=True, dataset_kwargs={"skip_prepare_dataset": True}
+    )
+    with torch.enable_grad():
+        trainer = SFTTrainer(model, arguments, train_dataset=data, processing_class=_tokenizer())
+    # As its push_to_hub calls it.
+    trainer.create_model_card(model_name="my-task", tags=list(trainer.model.model_tags))
+    written = card_of(tmp_path)
+    assert {"s0-tuning", "trl", "sft"} <= set(written.data.tags)
+    trainer.model.save_pretrained(tmp_path)
+    card = card_of(tmp_path)
+    assert START in card.text
+    assert "It has been trained using [TRL]" in card.text
+    assert {"s0-tuning", "trl", "sft"} <= set(card.data.tags)
+
+
+def _tokenizer():
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=vocabulary, pad_token="<pad>", eos_token="</s>")
