@@ -18,6 +18,7 @@ from .injection import CHILD, attach, detach, has_layer, layer_of, unwatch_packi
 from .layer import MERGE_ERROR, S0Layer
 from .mixers import Mixer, find_mixer, registered_mixers
 from .mixers.refused import looks_recurrent, refused
+from .precision import casts_parameters
 from .rows import BASE, RowAdapters
 
 _STATE_KEY = f".{CHILD}.s0_state."
@@ -109,7 +110,7 @@ class S0Model(BaseTuner):
             raise TypeError(f"S0 adapts recurrent mixers; '{current_key}' is a {type(target).__name__}.")
         if not has_layer(target):
             attach(target, S0Layer(target, declaration).train(target.training))
-        layer_of(target).update_layer(adapter_name, peft_config, _device(target))
+        layer_of(target).update_layer(adapter_name, peft_config, _device(target), casts_parameters(self.model))
 
     def inject_adapter(
         self,
