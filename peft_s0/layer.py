@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .config import S0Config
 from .mixers import Call, Mixer
+from .precision import keep_float32
 from .rows import RowAdapters
 from .training import penalize
 
@@ -26,11 +27,15 @@ class InitialState(nn.Module):
         shape: [heads, ...], as the mixer's recurrence takes it.
         config: gives `rank`, `init_weights`, `l2_lambda` and `inference_mode`.
         device: where the parameter is made.
+        cast: whether trainers cast what they train, so that the parameter must be one that stays float32.
     """
 
-    def __init__(self, shape: tuple[int, ...], config: S0Config, device: torch.device | None) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], config: S0Config, device: torch.device | None, cast: bool = False
+    ) -> None:
         super().__init__()
         self.shape = shape
+        self.cast = cast
         self.rank = config.rank
         self.l2_lambda = config.l2_lambda
         stored = shape if self.rank is None else (shape[0], shape[1] + shape[2], self.rank)
@@ -62,11 +67,17 @@ class InitialState(nn.Module):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Also called for a parameter that a loader puts in place of the first."""
         super().register_parameter(name, param)
-        penalize(self)
+        self._adopt()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Copies and pickled parameters come without their hooks, and a compiled model cannot add them."""
+        """A parameter that was copied or pickled comes without what was added to it."""
         super().__setstate__(state)
+        self._adopt()
+
+    def _adopt(self) -> None:
+        if self.cast:
+            keep_float32(self.weight)
+        # Now, for a compiled model could not add it when it runs.
         penalize(self)
         # A copy counts what is written to its parameter from the start again.
         self._created = self.weight._version
@@ -108,13 +119,13 @@ class InitialState(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InitialState:
         # model.half() and model.to(torch.bfloat16) are meant for the base model.
-        def keep_float32(tensor: Tensor) -> Tensor:
+        def float32(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             if tensor.dtype == torch.float32 and moved.dtype != torch.float32 and moved.is_floating_point():
                 return tensor.to(moved.device)
             return moved
 
-        super()._apply(keep_float32, recurse)
+        super()._apply(float32, recurse)
         return self
 
     def extra_repr(self) -> str:
@@ -148,16 +159,19 @@ class S0Layer(nn.Module, BaseTunerLayer):
         # The mixer's call that is running, if S0 has something to do in it.
         self.call: Call | None = None
 
-    def update_layer(self, adapter_name: str, config: S0Config, device: torch.device | None) -> None:
+    def update_layer(
+        self, adapter_name: str, config: S0Config, device: torch.device | None, cast: bool = False
+    ) -> None:
         """Add an adapter.
 
         Args:
             adapter_name: its name.
             config: its config, with alpha already a number.
             device: where the state is made.
+            cast: whether trainers cast what they train.
         """
         self.configs[adapter_name] = config
-        self.s0_state[adapter_name] = InitialState(self.state_shape, config, device)
+        self.s0_state[adapter_name] = InitialState(self.state_shape, config, device, cast)
         self.s0_state[adapter_name].train(self.training)
         self.set_adapter(self.active_adapters)
 

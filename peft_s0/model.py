@@ -20,6 +20,7 @@ from .layer import MERGE_ERROR, S0Layer
 from .mixers import Mixer, find_mixer, registered_mixers
 from .mixers.refused import looks_recurrent, refused
 from .naming import match_names, shared_name
+from .precision import casts_parameters
 from .rows import BASE, RowAdapters
 
 _STATE_KEY = f".{CHILD}.s0_state."
@@ -124,7 +125,7 @@ class S0Model(BaseTuner):
             raise TypeError(f"S0 adapts recurrent mixers; '{current_key}' is a {type(target).__name__}.")
         if not has_layer(target):
             attach(target, S0Layer(target, declaration).train(target.training))
-        layer_of(target).update_layer(adapter_name, peft_config, _device(target))
+        layer_of(target).update_layer(adapter_name, peft_config, _device(target), casts_parameters(self.model))
 
     def inject_adapter(
         self,
