@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from architectures import ARCHITECTURES, IMAGE_TOKENS, QWEN4, VISION, Architecture
+from architectures import ARCHITECTURES, IMAGE_TOKENS, QWEN4, VISION, Architecture, mixers
 from conftest import tune
 from peft import (
     AutoPeftModelForCausalLM,
@@ -51,8 +51,7 @@ def _no_grad():
 
 def text_of(model: nn.Module) -> PreTrainedModel:
     """The text backbone of any class of a model, also of an adapted one."""
-    lists = ("layers", "blocks")
-    return next(m for m in model.modules() if any(isinstance(getattr(m, name, None), nn.ModuleList) for name in lists))
+    return next(m for m in model.modules() if any(isinstance(c, nn.ModuleList) and mixers(c) for c in m.children()))
 
 
 def hidden(model: nn.Module, ids: Tensor) -> Tensor:
