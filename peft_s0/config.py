@@ -207,7 +207,7 @@ def _check_readable(file: Path) -> None:
                 pass
         else:
             torch.load(file, map_location="meta", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, UnpicklingError) as error:
+    except (SafetensorError, RuntimeError, EOFError, OSError, UnpicklingError) as error:
         kind = "safetensors" if file.name == SAFETENSORS_WEIGHTS_NAME else "PyTorch"
         raise ValueError(
             f"'{file}' is not a whole {kind} file ({error}; {file.stat().st_size} bytes on disk): it is truncated or "
