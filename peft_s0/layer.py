@@ -303,8 +303,8 @@ class S0Layer(nn.Module, BaseTunerLayer):
 NOT_LOADED = (
     "A state of an S0 adapter for inference was never loaded: the file or state dict had none under its layer's name. "
     "transformers' own load_adapter and from_pretrained do not translate all names between the classes of a model, as "
-    "from text-only to vision-language. Use PeftModel.from_pretrained, which does, on a model without this adapter ("
-    "delete_adapter takes it away). For an adapter that starts from its first values, set inference_mode=False."
+    "from text-only to vision-language. PeftModel.from_pretrained does: take this adapter away with delete_adapter and "
+    "load it so. For an adapter that is to start from its first values, set inference_mode=False."
 )
 
 MERGE_ERROR = (

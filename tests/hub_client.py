@@ -23,13 +23,13 @@ import peft_s0
 from peft_s0 import S0Config
 
 torch.set_num_threads(1)
-torch.set_grad_enabled(False)
 logging.set_verbosity_error()
 
 ROWS: dict[str, Architecture] = {row.name: row for row in MAIN}
 IDS = torch.randint(3, 100, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
+@torch.no_grad()
 def logits(model: nn.Module) -> np.ndarray:
     """Logits of some tokens."""
     return model.eval()(IDS).logits.numpy()

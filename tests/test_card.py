@@ -130,15 +130,20 @@ def test_a_path_is_not_shown_as_a_name(architecture: Architecture, tmp_path: Pat
 
 
 def test_adapters_in_folders_of_their_own(architecture: Architecture, tmp_path: Path) -> None:
-    """PEFT has one card for all; a trainer's checkpoints have their own, and are not taken for adapters."""
+    """PEFT has one card for all of a model's adapters."""
     model = get_peft_model(architecture.build(), S0Config(alpha=0.5), adapter_name="second")
-    model.save_pretrained(tmp_path / "checkpoint-1")
     model.save_pretrained(tmp_path)
     card = card_of(tmp_path)
     assert [row["adapter"] for row in rows_of(card)] == ["`second`"]
     assert card.text.count(START) == 1
     assert f'from_pretrained(model, "{tmp_path.name}", adapter_name="second", subfolder="second")' in card.text
-    assert card_of(tmp_path / "checkpoint-1").text.count(START) == 1
+    assert not (tmp_path / "second" / "README.md").exists()
+
+
+def test_checkpoints_are_not_taken_for_adapters(model: PeftModel, tmp_path: Path) -> None:
+    for folder in (tmp_path / "checkpoint-1", tmp_path):
+        model.save_pretrained(folder)
+        assert [row["adapter"] for row in rows_of(card_of(folder))] == ["default"]
 
 
 def test_a_folder_that_transformers_saved(architecture: Architecture, tmp_path: Path) -> None:
