@@ -198,9 +198,11 @@ def _before_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 def _before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     layer = layer_of(mixer)
-    if not layer.participates:
-        return None
     declaration = layer.declaration
+    if not layer.participates:
+        if layer.routing.rows is not None:
+            layer.routing.rows.check((args[0] if args else kwargs[declaration.input_argument]).shape[0])
+        return None
     if args:
         kwargs = {**dict(zip(parameter_names(type(mixer)), args, strict=False)), **kwargs}
     unchanged = None
@@ -323,10 +325,11 @@ def _some(states: Tensor, learnt: Tensor) -> bool:
 
 def _all(layer: S0Layer, learnt: Tensor) -> bool:
     """Whether every row does."""
-    if layer.row_adapters is None:
+    rows = layer.routing.rows
+    if rows is None:
         return True
     if torch.compiler.is_compiling():
-        return all(name in layer.configs for name in layer.row_adapters.different)
+        return all(name in layer.configs for name in rows.different)
     return bool(learnt.all())
 
 

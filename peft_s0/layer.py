@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from .config import S0Config
 from .mixers import Call, Mixer
 from .precision import keep_float32
-from .rows import RowAdapters
+from .rows import Routing
 from .training import penalize
 
 
@@ -150,8 +150,8 @@ class S0Layer(nn.Module, BaseTunerLayer):
         self.state_shape = tuple(int(size) for size in declaration.state_shape(mixer))
         self.s0_state = nn.ModuleDict()
         self.configs: dict[str, S0Config] = {}
-        # Set while a call with `adapter_names` runs.
-        self.row_adapters: RowAdapters | None = None
+        # The model's own, once S0Model has put it here.
+        self.routing = Routing()
         self._active_adapter: list[str] = []
         # Of the instance, as it will be after the first disable_adapter(): a compiled model sees the difference.
         self._disable_adapters = False
@@ -184,7 +184,8 @@ class S0Layer(nn.Module, BaseTunerLayer):
         """Whether any row of the next call may start from a learnt state."""
         if self._disable_adapters:
             return False
-        names = self._active_adapter if self.row_adapters is None else self.row_adapters.different
+        rows = self.routing.rows
+        names = self._active_adapter if rows is None else rows.different
         return any(name in self.configs for name in names)
 
     def effective_state(self, adapter_name: str) -> Tensor:
@@ -212,15 +213,16 @@ class S0Layer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: if the `adapter_names` that were passed are not one for each row.
         """
-        if self.row_adapters is None:
+        rows = self.routing.rows
+        if rows is None:
             active = [name for name in self._active_adapter if name in self.configs]
             state = self.effective_state(active[0])
             for name in active[1:]:
                 state = state + self.effective_state(name)
             count = batch if documents is None else len(documents)
             return state.to(device).expand(count, *state.shape).contiguous()
-        names = self.row_adapters.of(batch, documents)
-        scaled = {name: self._scaled(name) for name in self.row_adapters.different if name in self.configs}
+        names = rows.of(batch, documents)
+        scaled = {name: self._scaled(name) for name in rows.different if name in self.configs}
         zero = torch.zeros((), dtype=torch.float32, device=device).expand(self.state_shape)
         found = {name: state.to(device) for name, (state, _) in scaled.items()}
         # Gathered first and scaled then, so that the number of adapters does not count.
@@ -253,7 +255,7 @@ class S0Layer(nn.Module, BaseTunerLayer):
         Returns:
             Bool [rows], or [1] if all rows start from the same state.
         """
-        if self.row_adapters is None:
+        if self.routing.rows is None:
             states = states[:1]
         if torch.is_grad_enabled() and states.requires_grad:
             return torch.ones(states.shape[0], dtype=torch.bool, device=states.device)

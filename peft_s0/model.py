@@ -21,7 +21,7 @@ from .mixers import Mixer, find_mixer, registered_mixers
 from .mixers.refused import looks_recurrent, refused
 from .naming import match_names, shared_name
 from .precision import casts_parameters
-from .rows import BASE, RowAdapters
+from .rows import BASE, Routing, RowAdapters
 
 _STATE_KEY = f".{CHILD}.s0_state."
 
@@ -46,8 +46,7 @@ class S0Model(BaseTuner):
     prefix: str = "s0_"
     tuner_layer_cls = S0Layer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - as in PEFT
-    # Set while a call with `adapter_names` runs.
-    _rows: RowAdapters | None = None
+    _routing: Routing
 
     def _prepare_adapter_config(self, peft_config: S0Config, model_config: dict[str, Any]) -> S0Config:
         mixers = dict(_mixers(self.model))
@@ -142,6 +141,8 @@ class S0Model(BaseTuner):
             names = {key: key.partition(_STATE_KEY)[0] for key in state_dict if _STATE_KEY in key}
             own = match_names(names.values(), (name for name, _ in _mixers(model)))
             state_dict = {f"{own[names[key]]}.s0_state.weight": state_dict[key] for key in names}
+        # Another tuner may have injected an adapter into the same model, and must go on reaching all layers.
+        present = next(self.layers(), None)
         super().inject_adapter(
             model,
             adapter_name,
@@ -151,6 +152,9 @@ class S0Model(BaseTuner):
         )
         watch(model)
         tag_model(model)
+        self._routing = Routing() if present is None else present.routing
+        for layer in self.layers():
+            layer.routing = self._routing
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(MERGE_ERROR)
@@ -237,16 +241,16 @@ class S0Model(BaseTuner):
         base model.
         """
         names = kwargs.pop("adapter_names", None)
-        rows, outer = None if names is None else self._row_adapters(names, args, kwargs), self._rows
+        rows, outer = None if names is None else self._row_adapters(names, args, kwargs), self._routing.rows
         if rows is None and outer is None:
             yield
             return
         handles = []
         try:
-            self._route(rows)
-            if outer is None:
-                # In a call within this call the same hooks find that call's rows.
-                hook = partial(_pass_adapter_names, self)
+            self._routing.rows = rows
+            # In a call within this call the same hooks find that call's rows.
+            if outer is None and self._has_other_modules():
+                hook = partial(_pass_adapter_names, self._routing)
                 handles = [
                     module.register_forward_pre_hook(hook, with_kwargs=True)
                     for module in self.model.modules()
@@ -254,9 +258,13 @@ class S0Model(BaseTuner):
                 ]
             yield
         finally:
-            self._route(outer)
+            self._routing.rows = outer
             for handle in handles:
                 handle.remove()
+
+    def _has_other_modules(self) -> bool:
+        configs = [cast(S0Config, config) for config in self.peft_config.values()]
+        return any(config.modules_to_save or config.trainable_token_indices for config in configs)
 
     def _row_adapters(self, names: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RowAdapters:
         if not isinstance(names, (list, tuple)):
@@ -271,12 +279,7 @@ class S0Model(BaseTuner):
         # What generate() is called with is seen here, before it repeats rows; what forward() is called with is not.
         inputs = [kwargs[name] for name in ("inputs", "input_ids", "inputs_embeds") if kwargs.get(name) is not None]
         inputs = [*args[:1], *inputs]
-        return RowAdapters(names, len(inputs[0]) if inputs else None)
-
-    def _route(self, rows: RowAdapters | None) -> None:
-        self._rows = rows
-        for layer in self.layers():
-            layer.row_adapters = rows
+        return RowAdapters(names, inputs[0].shape[0] if inputs else None)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -354,14 +357,14 @@ def _check_rank(config: S0Config, name: str, shape: tuple[int, ...]) -> None:
 
 
 def _pass_adapter_names(
-    tuner: S0Model, module: AuxiliaryTrainingWrapper, args: tuple[Any, ...], kwargs: dict[str, Any]
+    routing: Routing, module: AuxiliaryTrainingWrapper, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Tell a module that an adapter has a copy of which copy each row takes; where it has none, the base model's."""
-    if tuner._rows is None:
+    if routing.rows is None:
         return None
     held = module._get_available_adapters()
     batch = len(args[0] if args else next(iter(kwargs.values())))
-    names = [name if name in held else BASE for name in tuner._rows.of(batch)]
+    names = [name if name in held else BASE for name in routing.rows.of(batch)]
     return args, {**kwargs, "adapter_names": names}
 
 

@@ -7,6 +7,17 @@ from collections.abc import Sequence
 BASE = "__base__"
 
 
+class Routing:
+    """What all tuner layers of a model look up to know whose rows they see.
+
+    Attributes:
+        rows: the adapters of the rows while a call with `adapter_names` runs; None: all rows have the active adapters.
+    """
+
+    def __init__(self) -> None:
+        self.rows: RowAdapters | None = None
+
+
 class RowAdapters:
     """The adapters of a call's rows. Made once for a call, read by every layer where a sequence starts.
 

@@ -165,7 +165,7 @@ def test_generate_with_an_adapter_for_each_row(mixed: Tuned, generation: dict) -
             if NAMES[i] == name and not generation.get("do_sample"):
                 length = min(actual.shape[-1], expected.shape[-1])
                 assert torch.equal(actual[i, :, :length], expected[i, :, :length])
-    assert all(layer.row_adapters is None for layer in mixed.model.base_model.layers())
+    assert all(layer.routing.rows is None for layer in mixed.model.base_model.layers())
 
 
 def test_all_rows_base(mixed: Tuned) -> None:
