@@ -8,6 +8,7 @@ from ._versions import require_transformers
 
 require_transformers()
 
+from .bank import StateBank  # noqa: E402
 from .config import S0Config  # noqa: E402
 from .layer import S0Layer  # noqa: E402
 from .mixers import Family, Gate, Mixer, register_mixer, registered_mixers  # noqa: E402
@@ -18,4 +19,14 @@ register()
 
 __version__ = "0.1.0"
 
-__all__ = ["Family", "Gate", "Mixer", "S0Config", "S0Layer", "S0Model", "register_mixer", "registered_mixers"]
+__all__ = [
+    "Family",
+    "Gate",
+    "Mixer",
+    "S0Config",
+    "S0Layer",
+    "S0Model",
+    "StateBank",
+    "register_mixer",
+    "registered_mixers",
+]

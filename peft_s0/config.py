@@ -151,16 +151,37 @@ class S0Config(PeftConfig):
             ValueError: if the folder's states file is truncated or no safetensors file, or no config is there.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        _check_readable(Path(pretrained_model_name_or_path) / (subfolder or "") / SAFETENSORS_WEIGHTS_NAME)
+        check_readable(Path(pretrained_model_name_or_path) / (subfolder or "") / SAFETENSORS_WEIGHTS_NAME)
         vars(config)["awaits_states"] = True
         return config
+
+
+def load_config(model_id: str | Path, **kwargs: Any) -> S0Config:
+    """The config of a saved S0 adapter.
+
+    Args:
+        model_id: folder or Hub id of the adapter.
+        kwargs: `subfolder`, `revision`, `token` and the like, for the Hub.
+
+    Raises:
+        ValueError: see `S0Config.from_pretrained`; also if it is the adapter of another method.
+    """
+    config: PeftConfig = S0Config.from_pretrained(str(model_id), **kwargs)
+    if not isinstance(config, S0Config):
+        raise ValueError(f"'{model_id}' holds an adapter of the method {config.peft_type!s}, expected S0.")
+    return config
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _check_readable(file: Path) -> None:
+def check_readable(file: Path) -> None:
+    """Refuse a states file that is truncated or damaged; a file that is not there is not its business.
+
+    Raises:
+        ValueError: naming the file and its size.
+    """
     if not file.is_file():
         return
     try:
