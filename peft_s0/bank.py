@@ -27,9 +27,9 @@ class StateBank:
 
     The device holds `capacity` states and no more. They lie in slots that are made once: a request names a task for
     each row, states that are missing are copied over those used least recently, and the rows start from their slots.
-    No tensor is made, no parameter added and nothing compiled again for a task. What a slot holds is the state that a
-    sequence starts from, so tasks may differ in `alpha`, `normalize`, `rank` and the layers they tune. Results are
-    those of the adapter loaded alone. The model's own adapters stay as they are.
+    For a task no parameter is added, no memory kept and nothing compiled. A slot holds what a sequence starts from, so
+    tasks may differ in `alpha`, `normalize`, `rank` and the layers they tune. Results are those of the adapter loaded
+    alone. The model's own adapters stay as they are.
 
     Threads may share a bank. Passes through the model are serialised, since which row starts where is set on its
     layers for the time of a call. Loading is not: a request reads its missing states while others compute, and its
@@ -65,14 +65,14 @@ class StateBank:
             raise ValueError(f"StateBank: capacity must be an integer >= 1, got {capacity!r}.")
         if host not in ("disk", "cpu"):
             raise ValueError(f"StateBank: host must be 'disk' or 'cpu', got {host!r}.")
-        if any(layer.slots is not None for layer in tuner.layers()):
+        mixers = {name: module for name, module in tuner.model.named_modules() if has_layer(module)}
+        if any(layer_of(mixer).slots is not None for mixer in mixers.values()):
             raise ValueError("The model has a StateBank already; use that one, or call its close() first.")
         self.model, self.capacity, self.host = model, capacity, host
-        self._tuner = tuner
-        self._mixers = {name: module for name, module in tuner.model.named_modules() if has_layer(module)}
+        self._tuner, self._mixers = tuner, mixers
         # Also under torch.inference_mode, whose tensors could not be written to outside of it.
         with torch.inference_mode(False):
-            for mixer in self._mixers.values():
+            for mixer in mixers.values():
                 device = next((weight.device for weight in mixer.parameters() if not weight.is_meta), None)
                 layer_of(mixer).slots = Slots(capacity, layer_of(mixer).state_shape, device)
         # The tasks and who holds which slot change under one lock, the model computes under the other.
@@ -104,7 +104,7 @@ class StateBank:
         config = self._tuner._prepare_adapter_config(config, self._tuner.get_model_config(self._tuner.model))
         self._tuner._prepare_model(config, self._tuner.model)
         shapes = {}
-        for target in self._tuner.targets(config):
+        for target in self._tuner._targets(config):
             if target not in self._mixers:
                 raise ValueError(
                     f"'{model_id}' tunes '{target}', which no adapter of this model does, so the bank has no slot "

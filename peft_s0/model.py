@@ -72,7 +72,7 @@ class S0Model(BaseTuner):
         """Refuse a config that does not fit before anything is attached."""
         mixers = dict(_mixers(model))
         inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
-        matched = [name for name in self.targets(peft_config, model) if not name.startswith(inside)]
+        matched = [name for name in self._targets(peft_config, model) if not name.startswith(inside)]
         for name in matched:
             module = model.get_submodule(name)
             if name not in mixers:
@@ -94,7 +94,7 @@ class S0Model(BaseTuner):
                 "to adapt all of them."
             )
 
-    def targets(self, config: S0Config, model: nn.Module | None = None) -> list[str]:
+    def _targets(self, config: S0Config, model: nn.Module | None = None) -> list[str]:
         """Names of the modules that a config's `target_modules` and the fields beside it choose.
 
         Args:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import random
+import re
+import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,9 +20,9 @@ from safetensors.torch import load_file
 from test_errors import BAD_FILES, change_states
 from test_law import left_pad
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from peft_s0 import S0Config, StateBank
+from peft_s0 import S0Config, S0Layer, StateBank
 
 # Six tasks that differ in all that a task may differ in.
 TASKS: dict[str, dict] = {
@@ -87,8 +89,12 @@ def served(architecture: Architecture, folder: Path) -> Served:
     return Served(architecture, folder, capacity=3)
 
 
+def layers(model: nn.Module) -> list[S0Layer]:
+    return [module for module in model.modules() if isinstance(module, S0Layer)]
+
+
 def slots(model: nn.Module) -> list[Tensor]:
-    return [layer.slots.states for layer in model.base_model.layers()]
+    return [layer.slots.states for layer in layers(model)]
 
 
 @pytest.mark.parametrize("host", ["disk", "cpu"])
@@ -135,9 +141,9 @@ def test_rows_of_the_base_model_alone(served: Served) -> None:
         ids = served.tuned.ids(2, tokens)
         assert torch.equal(served.bank(ids, tasks=["__base__"] * 2).logits, served.base(ids).logits)
     with served.bank.use(["__base__"]):
-        assert not any(layer.participates for layer in served.model.base_model.layers())
+        assert not any(layer.participates for layer in layers(served.model))
     with served.bank.use(["plain"]):
-        assert all(layer.participates for layer in served.model.base_model.layers())
+        assert all(layer.participates for layer in layers(served.model))
 
 
 def test_the_least_recently_used_leaves(served: Served) -> None:
@@ -193,7 +199,7 @@ def test_nothing_grows(served: Served) -> None:
         served.bank(ids, tasks=[name, "plain"])
     assert tensors() == before
     assert [name for name, _ in model.named_modules()] == modules
-    for layer in model.base_model.layers():
+    for layer in layers(model):
         assert layer.slots.states.shape == (3 + 1, *layer.state_shape)
         assert layer.slots.states.dtype == torch.float32
         assert not layer.slots.states[3].any()
@@ -256,7 +262,7 @@ def test_layers_that_are_tuned_later(architecture: Architecture, folder: Path) -
 
 
 def test_threads_get_what_they_get_alone(served: Served) -> None:
-    """8 threads, 120 requests, 6 tasks, 3 slots: bit-equal to one request after another."""
+    """8 threads, 120 requests, 6 tasks, 3 slots and a task that comes and goes: bit-equal to one after another."""
     draw = random.Random(0)
     requests = [
         (served.tuned.ids(2, draw.randint(1, 6), seed=i), draw.choices([*TASKS, "__base__"], k=2)) for i in range(120)
@@ -268,8 +274,18 @@ def test_threads_get_what_they_get_alone(served: Served) -> None:
         with torch.no_grad():
             return served.bank(request[0], tasks=request[1]).logits
 
+    def come_and_go() -> None:
+        for _ in range(20):
+            served.bank.add("new", served.folder / "strong")
+            assert torch.equal(serve((ids, ["new"] * 2)), strong)
+            served.bank.remove("new")
+
+    ids = served.tuned.ids(2, 5)
+    strong = served.bank(ids, tasks=["strong"] * 2).logits
     with ThreadPoolExecutor(8) as pool:
+        others = pool.submit(come_and_go)
         parallel = list(pool.map(serve, requests, timeout=120))
+        others.result(timeout=120)
     assert all(torch.equal(*pair) for pair in zip(serial, parallel, strict=True))
     assert [slot.users for slot in served.bank._slots] == [0] * 3
 
@@ -452,6 +468,25 @@ def test_folders_that_hold_something_else(served: Served, copied: Path, tmp_path
     assert list(served.bank) == list(TASKS)
 
 
+def put_on_hub(folder: Path, cache: Path) -> str:
+    """Make a folder an adapter on the Hub that was downloaded before, and say its id."""
+    commit = "0" * 40
+    snapshot = cache / "models--me--task" / "snapshots" / commit
+    shutil.copytree(folder, snapshot)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text(commit)
+    return "me/task"
+
+
+def test_tasks_on_the_hub(architecture: Architecture, folder: Path, tmp_path: Path) -> None:
+    bank, ids = StateBank(tune(architecture).model, capacity=1), tune(architecture).ids(1, 5)
+    bank.add("task", put_on_hub(folder / "strong", tmp_path), cache_dir=tmp_path)
+    alone = PeftModel.from_pretrained(architecture.build(), folder / "strong")
+    assert torch.equal(bank(ids, tasks=["task"]).logits, alone(ids).logits)
+    with pytest.raises(ValueError, match="Can't find 'adapter_config"):
+        bank.add("other", "me/nothing", cache_dir=tmp_path)
+
+
 def test_names(served: Served) -> None:
     with pytest.raises(ValueError, match="task 'plain' is there already; remove it first"):
         served.bank.add("plain", served.folder / "strong")
@@ -508,7 +543,7 @@ def test_banks_that_make_no_sense(served: Served) -> None:
 def test_closing_and_unloading(served: Served) -> None:
     ids = served.tuned.ids(1, 5)
     served.bank.close()
-    assert all(layer.slots is None for layer in served.model.base_model.layers())
+    assert all(layer.slots is None for layer in layers(served.model))
     for tasks in (["plain"], ["__base__"]):
         with pytest.raises(RuntimeError, match="was closed, or its model was unloaded"):
             served.bank(ids, tasks=tasks)
@@ -569,3 +604,20 @@ def test_compiled_code_serves_all_tasks(served: Served) -> None:
     served.bank(ids, tasks=["half", "__base__"], use_cache=False)
     assert len(graphs) == 1
     torch._dynamo.reset()
+
+
+def test_the_script_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it stands there, but for the model, which is the tiny one."""
+    root = Path(__file__).resolve().parent.parent
+    page = (root / "docs" / "serving-many-tasks.md").read_text()
+    (script,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    tiny = str(root / "examples" / "models" / "tiny-qwen3.5")
+    for name in ("sql", "chat"):
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), S0Config(init_weights=1.0, alpha=1.0))
+        model.save_pretrained(tmp_path / "tasks" / name)
+    monkeypatch.chdir(tmp_path)
+    variables: dict = {}
+    exec(script.replace("Qwen/Qwen3.5-4B", tiny), variables)
+    assert list(variables["bank"]) == ["sql", "chat"]
+    assert variables["bank"].resident == ["chat", "sql"]
+    assert len(variables["tokens"]) == 3

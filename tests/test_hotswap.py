@@ -13,6 +13,7 @@ from conftest import Tuned, tune
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
+from test_bank import put_on_hub
 from test_errors import BAD_FILES, change_states
 from torch import Tensor
 
@@ -97,6 +98,12 @@ def test_only_the_named_adapter_is_swapped(tuned: Tuned, other: Path) -> None:
     tuned.model.hotswap_adapter(other, adapter_name="second")
     assert torch.equal(tuned.model(ids).logits, first)
     tuned.model.set_adapter("second")
+    assert torch.equal(tuned.model(ids).logits, loaded(tuned.architecture, other, ids))
+
+
+def test_an_adapter_on_the_hub(tuned: Tuned, other: Path, tmp_path: Path) -> None:
+    ids = tuned.ids(2, 9)
+    tuned.model.hotswap_adapter(put_on_hub(other, tmp_path / "cache"), "default", cache_dir=tmp_path / "cache")
     assert torch.equal(tuned.model(ids).logits, loaded(tuned.architecture, other, ids))
 
 
