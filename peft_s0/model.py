@@ -418,9 +418,11 @@ def check_fit(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tenso
             )
         if not state.is_floating_point():
             raise ValueError(f"The state '{name}' has dtype {state.dtype}, expected a floating-point dtype.")
-        if values and not bool(torch.isfinite(state).all()):
+        # As float32, which is what it will be; smallest and largest tell at a tenth of the cost of all.
+        if values and not bool(torch.isfinite(torch.stack(state.float().aminmax())).all()):
+            bad = int((~torch.isfinite(state.float())).sum())
             raise ValueError(
-                f"The state '{name}' has {int((~torch.isfinite(state)).sum())} of {state.numel()} values that are NaN "
+                f"The state '{name}' has {bad} of {state.numel()} values that are NaN "
                 "or infinite; a training run that diverged or a damaged file. Load another checkpoint."
             )
 

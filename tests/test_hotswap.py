@@ -170,6 +170,14 @@ def test_bad_states(tuned: Tuned, other: Path, change, message: str) -> None:
     assert unchanged(tuned.model, before)
 
 
+def test_values_that_float32_cannot_hold(tuned: Tuned, other: Path) -> None:
+    before = snapshot(tuned.model)
+    change_states(other, lambda states: states.update({name: state.double() * 1e300 for name, state in states.items()}))
+    with pytest.raises(ValueError, match=r"layers\.0.*values that are NaN or infinite"):
+        tuned.model.hotswap_adapter(other, "default")
+    assert unchanged(tuned.model, before)
+
+
 @pytest.mark.parametrize("keep", [0, 200, -10])
 def test_truncated_file(tuned: Tuned, other: Path, keep: int) -> None:
     before, file = snapshot(tuned.model), other / "adapter_model.safetensors"
