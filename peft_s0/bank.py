@@ -185,15 +185,13 @@ class StateBank:
         try:
             for task, slot in held.items():
                 self._fill(slot, task)
-            index = {task.name: slot.index for task, slot in held.items()}
-            rows = torch.tensor([index.get(name, self.capacity) for name in tasks]) if held else None
-            with self._passes, self._tuner._enable_peft_forward_hooks(adapter_names=[BASE] * len(tasks)):
+            with self._passes:
                 self._computing = threading.get_ident()
                 try:
-                    self._route(rows)
+                    self._route(tasks, {task.name: slot.index for task, slot in held.items()})
                     yield
                 finally:
-                    self._route(None)
+                    self._unroute()
                     self._computing = None
         finally:
             with self._changed:
@@ -254,9 +252,25 @@ class StateBank:
                 raise
             slot.filled = True
 
-    def _route(self, rows: Tensor | None) -> None:
-        for _, layer, slots in self._layers():
-            layer.row_slots = None if rows is None else rows.to(slots.states.device)
+    def _route(self, tasks: Sequence[str], slots: dict[str, int]) -> None:
+        """Say where each row of the next calls starts. Without a task in a slot they run the base model's own code."""
+        if self._tuner.training:
+            raise ValueError("StateBank is for inference; call model.eval() first.")
+        self._layers()
+        rows = [slots.get(name, self.capacity) for name in tasks] if slots else []
+        for layer in self._all_layers():
+            # A layer without slots was tuned since the bank was made, by an adapter that is none of the rows'.
+            here, device = (rows, layer.slots.states.device) if layer.slots is not None else ([], None)
+            layer.row_slots = torch.tensor(here, dtype=torch.long, device=device)
+        self._tuner._bank_rows = [BASE] * len(tasks)
+
+    def _unroute(self) -> None:
+        self._tuner._bank_rows = None
+        for layer in self._all_layers():
+            layer.row_slots = None
+
+    def _all_layers(self) -> Iterator[S0Layer]:
+        return (module for module in self._tuner.modules() if isinstance(module, S0Layer))
 
     def _layers(self) -> list[tuple[str, S0Layer, Slots]]:
         layers = [(name, layer_of(mixer)) for name, mixer in self._mixers.items() if has_layer(mixer)]

@@ -147,7 +147,8 @@ class S0Layer(nn.Module, BaseTunerLayer):
         self.configs: dict[str, S0Config] = {}
         # Adapter of each row while a call with `adapter_names` runs.
         self.row_adapters: list[str] | None = None
-        # A bank's states, and the slot of each row while it is used: a tensor, so that compiled code serves all tasks.
+        # A bank's states, and the slot of each row while it is used; empty where no row has a task. A tensor, so that
+        # compiled code serves all tasks.
         self.slots: Slots | None = None
         self.row_slots: Tensor | None = None
         self._active_adapter: list[str] = []
@@ -178,7 +179,7 @@ class S0Layer(nn.Module, BaseTunerLayer):
         if self._disable_adapters:
             return False
         if self.row_slots is not None:
-            return True
+            return self.row_slots.shape[0] > 0
         names = self._active_adapter if self.row_adapters is None else self.row_adapters
         return any(name in self.configs for name in names)
 

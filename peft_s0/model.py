@@ -48,6 +48,8 @@ class S0Model(BaseTuner):
     prefix: str = "s0_"
     tuner_layer_cls = S0Layer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - as in PEFT
+    # The rows of every call while a StateBank is used: all but their states, which are in slots, is the base model's.
+    _bank_rows: list[str] | None = None
 
     def _prepare_adapter_config(self, peft_config: S0Config, model_config: dict[str, Any]) -> S0Config:
         mixers = dict(_mixers(self.model))
@@ -267,6 +269,10 @@ class S0Model(BaseTuner):
         base model.
         """
         names = kwargs.pop("adapter_names", None)
+        if self._bank_rows is not None:
+            if names is not None:
+                raise ValueError("adapter_names was passed while a StateBank says where each row starts from.")
+            names = self._bank_rows
         if names is None:
             yield
             return
@@ -280,11 +286,6 @@ class S0Model(BaseTuner):
                 f"adapter_names has unknown adapters {unknown}; this model has {sorted(self.peft_config)} and '{BASE}'."
             )
         layers, handles = list(self.layers()), []
-        if any(layer.row_adapters is not None for layer in layers):
-            raise ValueError(
-                "adapter_names was passed while another call or a StateBank says where each row starts from. Let that "
-                "end first; threads share a model by a StateBank only."
-            )
         try:
             for layer in layers:
                 layer.row_adapters = list(names)

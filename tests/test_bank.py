@@ -146,6 +146,14 @@ def test_rows_of_the_base_model_alone(served: Served) -> None:
         assert all(layer.participates for layer in layers(served.model))
 
 
+def test_calls_of_the_inner_model(served: Served) -> None:
+    """As of a library that looks for the model below PEFT's."""
+    inner, ids = served.model.get_base_model(), served.tuned.ids(2, 9)
+    for name in ("plain", "__base__"):
+        with served.bank.use([name] * 2):
+            assert torch.equal(inner(ids).logits, served.alone(name)(ids).logits)
+
+
 def test_the_least_recently_used_leaves(served: Served) -> None:
     ids, bank = served.tuned.ids(2, 5), served.bank
     assert bank.resident == []
@@ -258,7 +266,9 @@ def test_layers_that_are_tuned_later(architecture: Architecture, folder: Path) -
     model.add_adapter("all", S0Config(init_weights=1.0, alpha=1.0))
     model.set_adapter("all")
     alone, ids = PeftModel.from_pretrained(architecture.build(), folder / "one-layer"), tune(architecture).ids(2, 5)
-    assert torch.equal(bank(ids, tasks=["one-layer"] * 2).logits, alone(ids).logits)
+    with bank.use(["one-layer"] * 2):
+        assert torch.equal(model(ids).logits, alone(ids).logits)
+        assert torch.equal(model.get_base_model()(ids).logits, alone(ids).logits)
 
 
 def test_threads_get_what_they_get_alone(served: Served) -> None:
@@ -511,11 +521,11 @@ def test_requests_that_make_no_sense(served: Served) -> None:
     with bank.use(["plain"] * 3):
         with pytest.raises(RuntimeError, match=r"inside of StateBank\.use"), bank.use(["plain"] * 3):
             pass
-        with pytest.raises(ValueError, match="adapter_names was passed while another call or a StateBank"):
+        with pytest.raises(ValueError, match="adapter_names was passed while a StateBank"):
             served.model(ids, adapter_names=["default"] * 3)
         assert torch.equal(served.model(ids).logits, served.alone("plain")(ids).logits)
     served.model.train()
-    with pytest.raises(ValueError, match=r"call model.eval\(\) first"):
+    with pytest.raises(ValueError, match=r"StateBank is for inference; call model\.eval\(\) first"):
         bank(ids, tasks=["plain"] * 3)
     served.model.eval()
     with pytest.raises(RuntimeError, match="out of patience"), bank.use(["plain"] * 3):
