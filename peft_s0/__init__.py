@@ -8,6 +8,7 @@ from ._versions import require_transformers
 
 require_transformers()
 
+from .bank import StateBank  # noqa: E402
 from .card import update_model_card  # noqa: E402
 from .config import S0Config  # noqa: E402
 from .hub import push_to_hub  # noqa: E402
@@ -27,6 +28,7 @@ __all__ = [
     "S0Config",
     "S0Layer",
     "S0Model",
+    "StateBank",
     "push_to_hub",
     "register_mixer",
     "registered_mixers",

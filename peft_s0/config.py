@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, ClassVar, Literal
 
-import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import file_exists, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
@@ -161,7 +159,7 @@ class S0Config(PeftConfig):
         options, _, _ = cls._split_kwargs(kwargs)
         file = _find_states(pretrained_model_name_or_path, subfolder, options)
         if file is not None:
-            _check_readable(file)
+            check_readable(file)
         vars(config)["awaits_states"] = True
         return config
 
@@ -176,6 +174,22 @@ class S0Config(PeftConfig):
         update_card_of_peft(Path(save_directory))
 
 
+def load_config(model_id: str | Path, **kwargs: Any) -> S0Config:
+    """The config of a saved S0 adapter.
+
+    Args:
+        model_id: folder or Hub id of the adapter.
+        kwargs: `subfolder`, `revision`, `token` and the like, for the Hub.
+
+    Raises:
+        ValueError: see `S0Config.from_pretrained`; also if it is the adapter of another method.
+    """
+    config: PeftConfig = S0Config.from_pretrained(str(model_id), **kwargs)
+    if not isinstance(config, S0Config):
+        raise ValueError(f"'{model_id}' holds an adapter of the method {config.peft_type!s}, expected S0.")
+    return config
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -185,31 +199,42 @@ def _find_states(source: str, subfolder: str | None, options: dict[str, Any]) ->
 
     Raises:
         LocalEntryNotFoundError: if the Hub does not answer and the file is not in the cache.
+        ValueError: if the states are in a pickle file alone, saying how to convert one that is trusted.
     """
-    folder, names = Path(source, subfolder or ""), (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
+    folder = Path(source, subfolder or "")
     if folder.is_dir():
-        return next((folder / name for name in names if (folder / name).is_file()), None)
-    for name in names:
+        if (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+            return folder / SAFETENSORS_WEIGHTS_NAME
+        pickled = (folder / WEIGHTS_NAME).is_file()
+    else:
         try:
-            return Path(hf_hub_download(source, name, subfolder=subfolder, **options))
+            return Path(hf_hub_download(source, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **options))
         except LocalEntryNotFoundError:
-            if name == names[-1]:
-                raise
+            raise
         except EntryNotFoundError:
-            pass
+            name = f"{subfolder}/{WEIGHTS_NAME}" if subfolder else WEIGHTS_NAME
+            pickled = file_exists(source, name, revision=options.get("revision"), token=options.get("token"))
+    if pickled:
+        raise ValueError(
+            f"'{source}' has its states in {WEIGHTS_NAME}, a pickle file, which can run code when it is read. S0 "
+            f"adapters are loaded from {SAFETENSORS_WEIGHTS_NAME} only. A file that you trust is converted by "
+            "safetensors.torch.save_file(torch.load("
+            f"'{WEIGHTS_NAME}', weights_only=True), '{SAFETENSORS_WEIGHTS_NAME}')."
+        )
     return None
 
 
-def _check_readable(file: Path) -> None:
+def check_readable(file: Path) -> None:
+    """Refuse a states file that is truncated or damaged.
+
+    Raises:
+        ValueError: naming the file and its size.
+    """
     try:
-        if file.name == SAFETENSORS_WEIGHTS_NAME:
-            with safe_open(file, framework="pt"):
-                pass
-        else:
-            torch.load(file, map_location="meta", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, OSError, UnpicklingError) as error:
-        kind = "safetensors" if file.name == SAFETENSORS_WEIGHTS_NAME else "PyTorch"
+        with safe_open(file, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"'{file}' is not a whole {kind} file ({error}; {file.stat().st_size} bytes on disk): it is truncated or "
-            "damaged. Copy the adapter again, or download it again with force_download=True."
+            f"'{file}' is not a whole safetensors file ({error}; {file.stat().st_size} bytes on disk): it is truncated "
+            "or damaged. Copy the adapter again, or download it again with force_download=True."
         ) from error

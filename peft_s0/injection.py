@@ -326,10 +326,10 @@ def _some(states: Tensor, learnt: Tensor) -> bool:
 def _all(layer: S0Layer, learnt: Tensor) -> bool:
     """Whether every row does."""
     rows = layer.routing.rows
-    if rows is None:
+    if rows is None and layer.row_slots is None:
         return True
     if torch.compiler.is_compiling():
-        return all(name in layer.configs for name in rows.different)
+        return layer.row_slots is None and rows is not None and all(name in layer.configs for name in rows.different)
     return bool(learnt.all())
 
 

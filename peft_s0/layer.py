@@ -17,7 +17,59 @@ from .rows import Routing
 from .training import penalize
 
 
-class InitialState(nn.Module):
+class Float32Module(nn.Module):
+    """A module whose float32 tensors stay float32 whatever the model is cast to."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32Module:
+        # model.half() and model.to(torch.bfloat16) are meant for the base model.
+        def keep_float32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if tensor.dtype == torch.float32 and moved.dtype != torch.float32 and moved.is_floating_point():
+                return tensor.to(moved.device)
+            return moved
+
+        super()._apply(keep_float32, recurse)
+        return self
+
+
+class Slots(Float32Module):
+    """A fixed number of states that rows start from by number; a `StateBank` fills them.
+
+    They are one buffer, `states`: float32 [slots + 1, heads, ...], neither saved nor trained. The last is the base
+    model's zero.
+
+    Args:
+        slots: how many.
+        shape: [heads, ...].
+        device: where they are made.
+    """
+
+    states: Tensor
+
+    def __init__(self, slots: int, shape: tuple[int, ...], device: torch.device | None) -> None:
+        super().__init__()
+        self.register_buffer("states", torch.zeros(slots + 1, *shape, device=device), persistent=False)
+
+    def forward(self, rows: Tensor, batch: int) -> Tensor:
+        """A copy of each row's state, [batch, heads, ...]; beams and returned sequences repeat a row in place.
+
+        Args:
+            rows: the slot of each row of the input, int64 [rows].
+            batch: number of rows now.
+
+        Raises:
+            ValueError: if the batch is no multiple of the rows.
+        """
+        repeats, rest = divmod(batch, rows.shape[0])
+        if rest:
+            raise ValueError(
+                f"tasks has {rows.shape[0]} entries, but the batch has {batch} rows, which is no multiple of it. Pass "
+                "one task for each row of the input."
+            )
+        return self.states.index_select(0, rows.repeat_interleave(repeats))
+
+
+class InitialState(Float32Module):
     """One adapter's initial state of one mixer.
 
     A module of its own with a single parameter called `weight`, because that is what FSDP wraps, what ZeRO-3 gathers
@@ -117,17 +169,6 @@ class InitialState(nn.Module):
             if std > 0:
                 right.normal_(std=std)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InitialState:
-        # model.half() and model.to(torch.bfloat16) are meant for the base model.
-        def float32(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if tensor.dtype == torch.float32 and moved.dtype != torch.float32 and moved.is_floating_point():
-                return tensor.to(moved.device)
-            return moved
-
-        super()._apply(float32, recurse)
-        return self
-
     def extra_repr(self) -> str:
         """Shape and rank, for printing."""
         return f"shape={list(self.shape)}" + ("" if self.rank is None else f", rank={self.rank}")
@@ -152,6 +193,10 @@ class S0Layer(nn.Module, BaseTunerLayer):
         self.configs: dict[str, S0Config] = {}
         # The model's own, once S0Model has put it here.
         self.routing = Routing()
+        # A bank's states, and the slot of each row while it is used; empty where no row has a task. A tensor, so that
+        # compiled code serves all tasks.
+        self.slots: Slots | None = None
+        self.row_slots: Tensor | None = None
         self._active_adapter: list[str] = []
         # Of the instance, as it will be after the first disable_adapter(): a compiled model sees the difference.
         self._disable_adapters = False
@@ -184,6 +229,8 @@ class S0Layer(nn.Module, BaseTunerLayer):
         """Whether any row of the next call may start from a learnt state."""
         if self._disable_adapters:
             return False
+        if self.row_slots is not None:
+            return self.row_slots.shape[0] > 0
         rows = self.routing.rows
         names = self._active_adapter if rows is None else rows.different
         return any(name in self.configs for name in names)
@@ -213,6 +260,9 @@ class S0Layer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: if the `adapter_names` that were passed are not one for each row.
         """
+        if self.slots is not None and self.row_slots is not None:
+            states = self.slots(self.row_slots, batch).to(device)
+            return states if documents is None else states[torch.tensor(documents, device=device)]
         rows = self.routing.rows
         if rows is None:
             active = [name for name in self._active_adapter if name in self.configs]
@@ -255,7 +305,7 @@ class S0Layer(nn.Module, BaseTunerLayer):
         Returns:
             Bool [rows], or [1] if all rows start from the same state.
         """
-        if self.routing.rows is None:
+        if self.routing.rows is None and self.row_slots is None:
             states = states[:1]
         if torch.is_grad_enabled() and states.requires_grad:
             return torch.ones(states.shape[0], dtype=torch.bool, device=states.device)

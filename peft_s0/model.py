@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, _find_minimal_target_modules
-from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils import (
+    AuxiliaryTrainingWrapper,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
 from torch import Tensor, nn
 
 from .card import tag_model, untag_model
-from .config import S0Config
+from .config import S0Config, load_config
 from .injection import CHILD, attach, detach, has_layer, layer_of, unwatch, watch
 from .layer import MERGE_ERROR, S0Layer
 from .mixers import Mixer, find_mixer, registered_mixers
@@ -47,6 +53,8 @@ class S0Model(BaseTuner):
     tuner_layer_cls = S0Layer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - as in PEFT
     _routing: Routing
+    # The rows of every call while a StateBank is used: all but their states, which are in slots, is the base model's.
+    _bank_rows: list[str] | None = None
 
     def _prepare_adapter_config(self, peft_config: S0Config, model_config: dict[str, Any]) -> S0Config:
         mixers = dict(_mixers(self.model))
@@ -84,12 +92,9 @@ class S0Model(BaseTuner):
         """Refuse a config that does not fit before anything is attached."""
         mixers = dict(_mixers(model))
         inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
-        matched = []
-        for name, module in model.named_modules():
-            match = self._check_target_module_exists(peft_config, name)
-            if not match or isinstance(match, _ExcludedModule) or name.startswith(inside):
-                continue
-            matched.append(name)
+        matched = [name for name in self._targets(peft_config, model) if not name.startswith(inside)]
+        for name in matched:
+            module = model.get_submodule(name)
             if name not in mixers:
                 raise TypeError(
                     f"S0Config: target_modules={peft_config.target_modules!r} matches '{name}' "
@@ -108,6 +113,17 @@ class S0Model(BaseTuner):
                 f"nothing. The recurrent mixers of this model are {_shortened(mixers)}; leave target_modules at None "
                 "to adapt all of them."
             )
+
+    def _targets(self, config: S0Config, model: nn.Module | None = None) -> list[str]:
+        """Names of the modules that a config's `target_modules` and the fields beside it choose.
+
+        Args:
+            config: an adapter's config.
+            model: the model to look in; None: this one's.
+        """
+        model = self.model if model is None else model
+        matches = {name: self._check_target_module_exists(config, name) for name, _ in model.named_modules()}
+        return [name for name, match in matches.items() if match and not isinstance(match, _ExcludedModule)]
 
     def _create_and_replace(
         self,
@@ -235,13 +251,58 @@ class S0Model(BaseTuner):
                     ]
                     layer.state(adapter_name).load_state_dict({"weight": torch.stack(states).sum(0)})
 
+    def hotswap_adapter(self, model_id: str | Path, adapter_name: str, **kwargs: Any) -> None:
+        """Replace the states of a loaded adapter by those of a file, in place.
+
+        Parameters stay the objects they are, so that an optimiser goes on with them and a compiled model runs on. The
+        file's `alpha`, `train_alpha` and `normalize`, which say how its states are read, are taken over; the name,
+        `l2_lambda` and all else stay the adapter's own. Code that `torch.compile` made for another `alpha` is compiled
+        once more, for any `alpha`; a program that `torch.export` wrote keeps the old one.
+
+        Args:
+            model_id: folder or Hub id of the saved adapter.
+            adapter_name: the adapter whose states are replaced. No call of the model may be running.
+            kwargs: `subfolder`, `revision`, `token` and the like, for the Hub.
+
+        Raises:
+            ValueError: if there is no such adapter, if the file is refused as it would be in loading, or if it differs
+                in what fixes the parameters: layers, `rank`, `variant`, `modules_to_save`, `trainable_token_indices`.
+                The adapter is then as it was.
+        """
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Unknown adapter '{adapter_name}'; this model has {sorted(self.peft_config)}.")
+        current = cast(S0Config, self.peft_config[adapter_name])
+        config = self._prepare_adapter_config(load_config(model_id, **kwargs), self.get_model_config(self.model))
+        for field in ("rank", "variant", "modules_to_save", "trainable_token_indices"):
+            expected, found = getattr(current, field), getattr(config, field)
+            if expected != found:
+                raise ValueError(
+                    f"Adapter '{adapter_name}' has {field}={expected!r}, but that of '{model_id}' has {found!r}: its "
+                    "parameters are others and cannot be replaced in place. Load it with load_adapter."
+                )
+        states = {
+            name.removeprefix("base_model.model."): state
+            for name, state in load_peft_weights(str(model_id), device="cpu", **kwargs).items()
+        }
+        _check_other_weights(self.model, adapter_name, states)
+        # Loaded or trained, the adapter stays if this file is refused.
+        vars(current).pop("awaits_states", None)
+        set_peft_model_state_dict(self.model, states, adapter_name)
+        for field in ("alpha", "train_alpha", "normalize"):
+            setattr(current, field, getattr(config, field))
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Route each row of a batch to an adapter for one call: `adapter_names`, one for each row, `"__base__"` for the
         base model.
         """
         names = kwargs.pop("adapter_names", None)
-        rows, outer = None if names is None else self._row_adapters(names, args, kwargs), self._routing.rows
+        outer = self._routing.rows
+        if self._bank_rows is not None:
+            if names is not None:
+                raise ValueError("adapter_names was passed while a StateBank says where each row starts from.")
+            names = self._bank_rows if outer is None else None
+        rows = None if names is None else self._row_adapters(names, args, kwargs)
         if rows is None and outer is None:
             yield
             return
@@ -379,11 +440,24 @@ def _check_states(model: nn.Module, adapter_name: str, state_dict: dict[str, Ten
     """Compare a file's states with what the model expects.
 
     Raises:
+        ValueError: see `check_fit`.
+    """
+    expected = _states(model, adapter_name)
+    check_fit(expected, {name: state for name, state in state_dict.items() if "s0_state" in name})
+
+
+def check_fit(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor], values: bool = True) -> None:
+    """Compare states with what a model expects.
+
+    Args:
+        expected: the shape of each state, by its name.
+        found: the states, by their names.
+        values: look at the values, too, which reads them.
+
+    Raises:
         ValueError: for missing or additional layers, other shapes, dtypes that are not floating-point, or values that
             are not finite; the message names the layer, the expected and the found.
     """
-    expected = _states(model, adapter_name)
-    found = {name: state for name, state in state_dict.items() if "s0_state" in name}
     missing, additional = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     advice = "Load the adapter on the base model it was trained on."
     if missing or additional:
@@ -394,18 +468,40 @@ def _check_states(model: nn.Module, adapter_name: str, state_dict: dict[str, Ten
             + f". {advice}"
         )
     for name, state in found.items():
-        if state.shape != expected[name]:
+        if tuple(state.shape) != tuple(expected[name]):
             raise ValueError(
                 f"The state '{name}' does not fit this model: expected shape {list(expected[name])}, found "
                 f"{list(state.shape)}. {advice}"
             )
         if not state.is_floating_point():
             raise ValueError(f"The state '{name}' has dtype {state.dtype}, expected a floating-point dtype.")
-        if not bool(torch.isfinite(state).all()):
+        # As float32, which is what it will be; smallest and largest tell at a tenth of the cost of all.
+        if values and not bool(torch.isfinite(torch.stack(state.float().aminmax())).all()):
+            bad = int((~torch.isfinite(state.float())).sum())
             raise ValueError(
-                f"The state '{name}' has {int((~torch.isfinite(state)).sum())} of {state.numel()} values that are NaN "
+                f"The state '{name}' has {bad} of {state.numel()} values that are NaN "
                 "or infinite; a training run that diverged or a damaged file. Load another checkpoint."
             )
+
+
+def _check_other_weights(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
+    """Compare what a file holds beside states (`modules_to_save`, tokens) with what an adapter has.
+
+    Raises:
+        ValueError: naming what is missing, additional or of another shape.
+    """
+    held = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    expected, found = (
+        {name: list(weight.shape) for name, weight in weights.items() if "s0_state" not in name}
+        for weights in (held, state_dict)
+    )
+    if expected != found:
+        differing = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
+        raise ValueError(
+            f"Beside its states the file does not hold what adapter '{adapter_name}' has. Shape of '{differing[0]}': "
+            f"expected {expected.get(differing[0], 'none')}, found {found.get(differing[0], 'none')}. Load it with "
+            "load_adapter."
+        )
 
 
 def _withdraw(model: Any, config: S0Config, adapter_name: str) -> None:

@@ -95,7 +95,7 @@ def test_base_rows_of_single_token_prompts_are_exact(architecture: Architecture)
     for count in (2, 5, 7):
         names = (["default", "__base__", "default"] * 3)[:count]
         base = [i for i, name in enumerate(names) if name == "__base__"]
-        caches = [architecture.make_cache(tuned.model.config) for _ in range(2)]
+        caches = [architecture.make_cache(tuned.model.config, count) for _ in range(2)]
         for seed in (1, 2):
             ids = tuned.ids(count, 1, seed)
             calls = [{architecture.cache: cache, "use_cache": True} for cache in caches]
