@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
-from architectures import Architecture
+from architectures import Architecture, mixers
 from conftest import Tuned, tune
 from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from test_law import left_pad, packed_arguments
@@ -21,6 +22,19 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*is_gradient_checkpointing:FutureWarning",
     "ignore:.*torch.jit.script:DeprecationWarning",
 )
+
+
+@pytest.fixture
+def architecture(architecture: Architecture) -> Architecture:
+    """Two layers at most, for it is layers that take time to compile."""
+
+    def config() -> object:
+        made = architecture.config()
+        if made.num_hidden_layers > 2:
+            made.num_hidden_layers, made.layer_types = 2, ["linear_attention", "full_attention"]
+        return made
+
+    return replace(architecture, config=config, states=len(mixers(architecture.model_class(config()))))
 
 
 @pytest.fixture(autouse=True)
