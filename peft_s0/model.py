@@ -185,7 +185,7 @@ class S0Model(BaseTuner):
         unknown = sorted(set(adapters) - set(self.peft_config))
         if unknown:
             raise ValueError(f"Unknown adapters {unknown}; this model has {sorted(self.peft_config)}.")
-        for layer in self.layers():
+        for layer in self.tuner_layers():
             held = [name for name in adapters if name in layer.configs]
             if held and len(held) != len(adapters):
                 raise ValueError(f"The adapters {adapters} do not cover the same layers: one layer has only {held}.")
@@ -200,7 +200,7 @@ class S0Model(BaseTuner):
         )
         self.inject_adapter(self.model, adapter_name)
         with torch.no_grad():
-            for layer in self.layers():
+            for layer in self.tuner_layers():
                 if adapter_name in layer.configs:
                     states = [
                         weight * layer.effective_state(name) for name, weight in zip(adapters, weights, strict=True)
@@ -225,7 +225,7 @@ class S0Model(BaseTuner):
             raise ValueError(
                 f"adapter_names has unknown adapters {unknown}; this model has {sorted(self.peft_config)} and '{BASE}'."
             )
-        layers, handles = list(self.layers()), []
+        layers, handles = list(self.tuner_layers()), []
         try:
             for layer in layers:
                 layer.row_adapters = list(names)
@@ -256,7 +256,7 @@ class S0Model(BaseTuner):
         vars(config).pop("awaits_states", None)
         return remapped
 
-    def layers(self) -> Iterator[S0Layer]:
+    def tuner_layers(self) -> Iterator[S0Layer]:
         """The tuner layers, in the order of the model."""
         return (module for module in self.model.modules() if isinstance(module, S0Layer))
 

@@ -46,7 +46,7 @@ def test_switching(tuned: Tuned) -> None:
 
 def test_states_of_active_adapters_add_up(tuned: Tuned) -> None:
     add(tuned, "second", 1)
-    layers = list(tuned.model.base_model.layers())
+    layers = list(tuned.model.base_model.tuner_layers())
     for layer in layers:
         both = layer.effective_state("default") + layer.effective_state("second")
         layer.set_adapter(["default", "second"])
@@ -58,7 +58,7 @@ def test_weighted_adapter(tuned: Tuned) -> None:
     ids = tuned.ids(2, 9)
     add(tuned, "second", 1, rank=2, normalize=True)
     tuned.model.base_model.add_weighted_adapter(["default", "second"], [0.3, 0.7], "soup")
-    for layer in tuned.model.base_model.layers():
+    for layer in tuned.model.base_model.tuner_layers():
         expected = 0.3 * layer.effective_state("default") + 0.7 * layer.effective_state("second")
         torch.testing.assert_close(layer.effective_state("soup"), expected)
     tuned.model.base_model.add_weighted_adapter(["default"], [1.0], "copy")
@@ -165,7 +165,7 @@ def test_generate_with_an_adapter_for_each_row(mixed: Tuned, generation: dict) -
             if NAMES[i] == name and not generation.get("do_sample"):
                 length = min(actual.shape[-1], expected.shape[-1])
                 assert torch.equal(actual[i, :, :length], expected[i, :, :length])
-    assert all(layer.row_adapters is None for layer in mixed.model.base_model.layers())
+    assert all(layer.row_adapters is None for layer in mixed.model.base_model.tuner_layers())
 
 
 def test_all_rows_base(mixed: Tuned) -> None:
@@ -193,7 +193,7 @@ def test_lora_beside_s0(architecture: Architecture, lora_first: bool) -> None:
     rows = [tuned.ids(1, 12)[0], tuned.ids(1, 5)[0]]
     ids, mask, positions = left_pad(rows)
     lora = LoraConfig(target_modules=LINEAR[architecture.name], init_lora_weights=False, r=4)
-    states = [layer.s0_state["default"].weight for layer in tuned.model.base_model.layers()]
+    states = [layer.s0_state["default"].weight for layer in tuned.model.base_model.tuner_layers()]
     base = architecture.build()
     config = S0Config(alpha=0.7)
     torch.manual_seed(3)

@@ -238,7 +238,7 @@ def test_a_mixer_that_raises_leaves_nothing_frozen(tuned: Tuned) -> None:
         tuned.model(ids, attention_mask=mask)
     for handle in handles:
         handle.remove()
-    assert all(layer.call is None for layer in tuned.model.base_model.layers())
+    assert all(layer.call is None for layer in tuned.model.base_model.tuner_layers())
     assert torch.equal(tuned.model(ids).logits, expected)
     with tuned.model.disable_adapter():
         assert torch.equal(tuned.model(ids).logits, tuned.base(ids).logits)

@@ -109,7 +109,7 @@ with torch.no_grad():
 
 def test_states_put_in_by_hand_survive_pickle_and_deepcopy(architecture: Architecture) -> None:
     tuned = tune(architecture, init_weights=True)
-    for layer in tuned.model.base_model.layers():
+    for layer in tuned.model.base_model.tuner_layers():
         layer.s0_state["default"].weight.copy_(torch.randn_like(layer.s0_state["default"].weight))
     ids, mask = tuned.ids(2, 9), torch.ones(2, 9, dtype=torch.long)
     mask[0, :4] = 0
@@ -130,7 +130,7 @@ def test_a_copy_does_not_share_states(tuned: Tuned) -> None:
     copied = copy.deepcopy(tuned.model)
     ids = tuned.ids(2, 9)
     expected = tuned.model(ids).logits
-    for layer in copied.base_model.layers():
+    for layer in copied.base_model.tuner_layers():
         layer.s0_state["default"].weight.zero_()
     assert torch.equal(tuned.model(ids).logits, expected)
     assert torch.equal(copied(ids).logits, tuned.base(ids).logits)
