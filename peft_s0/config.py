@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from huggingface_hub import constants, file_exists, try_to_load_from_cache
 from peft import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
 from safetensors import SafetensorError, safe_open
 
 VARIANTS = ("initial",)
+
+# What LoraConfig has and a state has no use for, and what to use here.
+_SEVERAL = "adapters of their own (target_modules or layers_to_transform), active together: their states add up"
+_NOT_HERE = {
+    "r": "rank, for states of low rank; the states are full otherwise",
+    "lora_alpha": "alpha",
+    "init_lora_weights": "init_weights",
+    "lora_dropout": "l2_lambda to regularise; a state has no input that could be dropped",
+    "bias": "modules_to_save to train further modules; S0 trains no biases",
+    "target_parameters": "target_modules; S0 adapts whole recurrent mixers, no single parameters",
+    "rank_pattern": f"one rank for all layers, or {_SEVERAL}",
+    "alpha_pattern": f"one alpha for all layers, or {_SEVERAL}",
+    "ensure_weight_tying": "trainable_token_indices, which keeps tied embeddings tied",
+}
 
 
 @dataclass
@@ -30,7 +46,8 @@ class S0Config(PeftConfig):
         exclude_modules (`list[str]` or `str`, *optional*):
             Names of mixers to leave alone, in the same form.
         layers_to_transform (`list[int]` or `int`, *optional*):
-            Indices of the decoder layers to adapt.
+            Indices of the decoder layers to adapt, beside any form of `target_modules`; those without a recurrent mixer
+            are passed over. docs/peft.md says how to name the first third of the recurrent layers.
         layers_pattern (`list[str]` or `str`, *optional*):
             Name of the list of layers that these indices count in, if it is not one of PEFT's usual names.
         modules_to_save (`list[str]`, *optional*):
@@ -58,6 +75,7 @@ class S0Config(PeftConfig):
 
     Raises:
         ValueError: for a value outside of what is said above; the message names field and value.
+        TypeError: for a field that only LoRA has; the message names what to use.
     """
 
     target_modules: list[str] | set[str] | str | None = field(
@@ -107,6 +125,13 @@ class S0Config(PeftConfig):
     # Whether the config came from a file whose states were not read yet. Not a field, so it is never saved.
     awaits_states: ClassVar[bool] = False
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> S0Config:
+        """Refuse what only LoRA has, saying what to use."""
+        for name in kwargs:
+            if name in _NOT_HERE:
+                raise TypeError(f"S0Config has no {name}. Use {_NOT_HERE[name]}.")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("S0")
@@ -151,13 +176,61 @@ class S0Config(PeftConfig):
             ValueError: if the folder's states file is truncated or no safetensors file, or no config is there.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        _refuse_pickle(pretrained_model_name_or_path, subfolder, kwargs)
         _check_readable(Path(pretrained_model_name_or_path) / (subfolder or "") / SAFETENSORS_WEIGHTS_NAME)
+        if kwargs.get("ephemeral_gpu_offload"):
+            warnings.warn("ephemeral_gpu_offload is ignored: S0 computes nothing with offloaded weights.", stacklevel=3)
         vars(config)["awaits_states"] = True
         return config
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save the config beside its states.
+
+        Args:
+            save_directory: where to.
+            kwargs: passed on to PEFT.
+
+        Raises:
+            ValueError: if there is a pickle file of states, which no S0 adapter is loaded from.
+        """
+        if (Path(save_directory) / WEIGHTS_NAME).exists():
+            raise ValueError(
+                f"'{save_directory}' holds an {WEIGHTS_NAME}, as safe_serialization=False writes it. S0 adapters are "
+                f"kept in {SAFETENSORS_WEIGHTS_NAME} only. Remove the file and save without safe_serialization=False."
+            )
+        super().save_pretrained(save_directory, **kwargs)
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _refuse_pickle(source: str, subfolder: str | None, options: dict[str, Any]) -> None:
+    """Refuse an adapter whose states are in a pickle file alone, before PEFT reads it.
+
+    Raises:
+        ValueError: saying how to convert a file that is trusted.
+    """
+    if _has(source, subfolder, SAFETENSORS_WEIGHTS_NAME, options):
+        return
+    if _has(source, subfolder, WEIGHTS_NAME, options):
+        raise ValueError(
+            f"'{source}' has its states in {WEIGHTS_NAME}, a pickle file, which can run code when it is read. S0 "
+            f"adapters are loaded from {SAFETENSORS_WEIGHTS_NAME} only. A file that you trust is converted by "
+            "safetensors.torch.save_file(torch.load("
+            f"'{WEIGHTS_NAME}', weights_only=True), '{SAFETENSORS_WEIGHTS_NAME}')."
+        )
+
+
+def _has(source: str, subfolder: str | None, name: str, options: dict[str, Any]) -> bool:
+    """Whether a folder or a repository on the Hub has a file."""
+    if Path(source).is_dir():
+        return Path(source, subfolder or "", name).exists()
+    name, revision = f"{subfolder}/{name}" if subfolder else name, options.get("revision")
+    if constants.HF_HUB_OFFLINE:
+        cached = try_to_load_from_cache(source, name, cache_dir=options.get("cache_dir"), revision=revision)
+        return isinstance(cached, str)
+    return file_exists(source, name, revision=revision, token=options.get("token"))
 
 
 def _check_readable(file: Path) -> None:
