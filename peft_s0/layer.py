@@ -40,6 +40,8 @@ class InitialState(nn.Module):
         self.weight = nn.Parameter(torch.zeros(stored, dtype=torch.float32, device=device))
         self._initialize(config.init_weights)
         self._created = self.weight._version
+        # What was loaded, until accelerate has placed the model.
+        self.loaded: Tensor | None = None
 
     def forward(self) -> Tensor:
         """The state [heads, ...] in float32, unscaled."""

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, Literal, cast
 
 import torch
+from accelerate.hooks import remove_hook_from_module
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, _find_minimal_target_modules
 from peft.utils import AuxiliaryTrainingWrapper, PeftType, _get_submodules
 from peft.utils.error import NoMatchingPeftModuleError
@@ -245,7 +246,20 @@ class S0Model(BaseTuner):
         return self.model
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """States are made in float32 and stay so, whatever the base model's dtype."""
+        """States are made in float32 and stay so, whatever the base model's dtype.
+
+        PEFT calls this last where it loads an adapter. If the base model is offloaded, accelerate has offloaded the
+        states with it by then, those of layers on disk to files that do not hold them. They come back here.
+        """
+        for layer in self.tuner_layers():
+            if adapter_name in layer.configs:
+                state = layer.state(adapter_name)
+                hook: Any = getattr(state, "_hf_hook", None)
+                if getattr(hook, "offload", False):
+                    if state.loaded is not None:
+                        hook.weights_map = {"weight": state.loaded}
+                    remove_hook_from_module(state)
+                state.loaded = None
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """No: an initial state is no weight update."""
@@ -357,6 +371,10 @@ class S0Model(BaseTuner):
             _withdraw(model, config, adapter_name)
             raise
         vars(config).pop("awaits_states", None)
+        if "disk" in getattr(model, "hf_device_map", {}).values():
+            for name, layer in model.named_modules():
+                if isinstance(layer, S0Layer) and adapter_name in layer.configs:
+                    layer.state(adapter_name).loaded = remapped[f"{name}.s0_state.{adapter_name}.weight"]
         return remapped
 
     def tuner_layers(self) -> Iterator[S0Layer]:
