@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -16,6 +17,20 @@ from safetensors import SafetensorError, safe_open
 from .card import update_card_of_peft
 
 VARIANTS = ("initial",)
+
+# What LoraConfig has and a state has no use for, and what to use here.
+_SEVERAL = "adapters of their own (target_modules or layers_to_transform), active together: their states add up"
+_NOT_HERE = {
+    "r": "rank, for states of low rank; the states are full otherwise",
+    "lora_alpha": "alpha",
+    "init_lora_weights": "init_weights",
+    "lora_dropout": "l2_lambda to regularise; a state has no input that could be dropped",
+    "bias": "modules_to_save to train further modules; S0 trains no biases",
+    "target_parameters": "target_modules; S0 adapts whole recurrent mixers, no single parameters",
+    "rank_pattern": f"one rank for all layers, or {_SEVERAL}",
+    "alpha_pattern": f"one alpha for all layers, or {_SEVERAL}",
+    "ensure_weight_tying": "trainable_token_indices, which keeps tied embeddings tied",
+}
 
 
 @dataclass
@@ -34,7 +49,8 @@ class S0Config(PeftConfig):
         exclude_modules (`list[str]` or `str`, *optional*):
             Names of mixers to leave alone, in the same form.
         layers_to_transform (`list[int]` or `int`, *optional*):
-            Indices of the decoder layers to adapt.
+            Indices of the decoder layers to adapt, beside any form of `target_modules`; those without a recurrent mixer
+            are passed over. docs/peft.md says how to name the first third of the recurrent layers.
         layers_pattern (`list[str]` or `str`, *optional*):
             Name of the list of layers that these indices count in, if it is not one of PEFT's usual names.
         modules_to_save (`list[str]`, *optional*):
@@ -62,6 +78,7 @@ class S0Config(PeftConfig):
 
     Raises:
         ValueError: for a value outside of what is said above; the message names field and value.
+        TypeError: for a field that only LoRA has; the message names what to use.
     """
 
     target_modules: list[str] | set[str] | str | None = field(
@@ -110,6 +127,13 @@ class S0Config(PeftConfig):
 
     # Whether the config came from a file whose states were not read yet. Not a field, so it is never saved.
     awaits_states: ClassVar[bool] = False
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> S0Config:
+        """Refuse what only LoRA has, saying what to use."""
+        for name in kwargs:
+            if name in _NOT_HERE:
+                raise TypeError(f"S0Config has no {name}. Use {_NOT_HERE[name]}.")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -160,6 +184,8 @@ class S0Config(PeftConfig):
         file = _find_states(pretrained_model_name_or_path, subfolder, options)
         if file is not None:
             check_readable(file)
+        if kwargs.get("ephemeral_gpu_offload"):
+            warnings.warn("ephemeral_gpu_offload is ignored: S0 computes nothing with offloaded weights.", stacklevel=3)
         vars(config)["awaits_states"] = True
         return config
 
@@ -169,7 +195,15 @@ class S0Config(PeftConfig):
         Args:
             save_directory: folder to save into.
             kwargs: passed on to PEFT.
+
+        Raises:
+            ValueError: if there is a pickle file of states, which no S0 adapter is loaded from.
         """
+        if (Path(save_directory) / WEIGHTS_NAME).exists():
+            raise ValueError(
+                f"'{save_directory}' holds an {WEIGHTS_NAME}, as safe_serialization=False writes it. S0 adapters are "
+                f"kept in {SAFETENSORS_WEIGHTS_NAME} only. Remove the file and save without safe_serialization=False."
+            )
         super().save_pretrained(save_directory, **kwargs)
         update_card_of_peft(Path(save_directory))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -97,6 +98,8 @@ class InitialState(Float32Module):
         self._created = self.weight._version
         # The states of an adapter for inference are loaded; its first values stand for nothing.
         self.awaited = config.inference_mode
+        # What was loaded, until accelerate has placed the model.
+        self.loaded: Tensor | None = None
 
     def forward(self) -> Tensor:
         """The state [heads, ...] in float32, unscaled.
@@ -184,6 +187,8 @@ class S0Layer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("s0_state",)
     other_param_names = ("configs",)
+    # peft.helpers.disable_input_dtype_casting sets it on every tuner layer; states are cast nowhere.
+    cast_input_dtype_enabled = True
 
     def __init__(self, mixer: nn.Module, declaration: Mixer) -> None:
         super().__init__()
@@ -203,6 +208,11 @@ class S0Layer(nn.Module, BaseTunerLayer):
         self.handles: list[RemovableHandle] = []
         # The mixer's call that is running, if S0 has something to do in it.
         self.call: Call | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch cannot copy the handle of a hook whose module is gone, as a merged LoRA layer is.
+        self.handles = [handle for handle in self.handles if handle.hooks_dict_ref() is not None]
+        return vars(self)
 
     def update_layer(
         self, adapter_name: str, config: S0Config, device: torch.device | None, cast: bool = False
@@ -340,12 +350,26 @@ class S0Layer(nn.Module, BaseTunerLayer):
         raise AttributeError("An S0 layer stands beside its mixer and has no base bias.")
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Not possible for states; raises ValueError."""
-        raise ValueError(MERGE_ERROR)
+        """Leave the states as they are, in force, where another method's adapters are merged.
+
+        PEFT calls this for every tuner layer of a model, whichever method is to be merged.
+
+        Args:
+            safe_merge: without meaning here.
+            adapter_names: the adapters to merge; None: the active ones of each method.
+
+        Raises:
+            ValueError: if one of the names is that of an S0 adapter.
+
+        Warns:
+            UserWarning: always, since the weights alone are not all of the model's adapters then.
+        """
+        if any(name in self.configs for name in adapter_names or ()):
+            raise ValueError(MERGE_ERROR)
+        warnings.warn(STAYS_WARNING, stacklevel=2)
 
     def unmerge(self) -> None:
-        """Not possible for states; raises ValueError."""
-        raise ValueError(MERGE_ERROR)
+        """Do nothing: states are never merged."""
 
     def forward(self, *args: Any, **kwargs: Any) -> None:
         """Never called; raises RuntimeError."""
@@ -357,6 +381,11 @@ NOT_LOADED = (
     "transformers' own load_adapter and from_pretrained do not translate all names between the classes of a model, as "
     "from text-only to vision-language. PeftModel.from_pretrained does: take this adapter away with delete_adapter and "
     "load it so. For an adapter that is to start from its first values, set inference_mode=False."
+)
+
+STAYS_WARNING = (
+    "S0 adapters are not merged with the others: an initial state is no weight. It stays in force in this model, but "
+    "whatever takes the merged weights alone, such as an inference engine, runs without it."
 )
 
 MERGE_ERROR = (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,13 +12,17 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from accelerate.hooks import remove_hook_from_module
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, _find_minimal_target_modules
 from peft.utils import (
     AuxiliaryTrainingWrapper,
+    PeftType,
+    _get_submodules,
     get_peft_model_state_dict,
     load_peft_weights,
     set_peft_model_state_dict,
 )
+from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 
 from .card import tag_model, untag_model
@@ -56,10 +62,35 @@ class S0Model(BaseTuner):
     # The rows of every call while a StateBank is used: all but their states, which are in slots, is the base model's.
     _bank_rows: list[str] | None = None
 
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        other = getattr(model, "peft_config", {}).get(adapter_name)
+        if other is not None and not isinstance(other, S0Config):
+            raise ValueError(
+                f"This model has an adapter '{adapter_name}' of type {PeftType(other.peft_type).value}, whose config "
+                "would be lost. Give the S0 adapter another name (adapter_name=...)."
+            )
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        # The model's own attribute, which PEFT would do with, goes when another method is merged or unloaded.
+        self.peft_config = self.model.peft_config
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: S0Config, key: str) -> Any:
+        """As in PEFT, but `layers_to_transform` also counts for mixers named in full or by a regular expression."""
+        layers = peft_config.layers_to_transform
+        everywhere = copy.copy(peft_config)
+        everywhere.layers_to_transform = None
+        match = BaseTuner._check_target_module_exists(everywhere, key)
+        if not match or layers is None or layers == []:
+            return match
+        patterns = peft_config.layers_pattern or r"[^.]+"
+        pattern = "|".join([patterns] if isinstance(patterns, str) else patterns)
+        found = re.match(rf"(?:^|.*?\.)(?:{pattern})\.(\d+)\.", key)
+        return found is not None and int(found.group(1)) in ([layers] if isinstance(layers, int) else layers)
+
     def _prepare_adapter_config(self, peft_config: S0Config, model_config: dict[str, Any]) -> S0Config:
         mixers = dict(_mixers(self.model))
         if not mixers:
-            raise ValueError(_no_mixers(self.model))
+            raise NoMatchingPeftModuleError(_no_mixers(self.model))
         if peft_config.target_modules is None:
             # Written into the config, which is what is saved: loading needs the names.
             others = {name for name, _ in self.model.named_modules() if name and name not in mixers}
@@ -107,7 +138,7 @@ class S0Model(BaseTuner):
                 raise ValueError(f"S0 cannot tune '{name}' ({type(module).__name__}): {refusal}.")
             _check_rank(peft_config, name, mixers[name].state_shape(module))
         if not matched:
-            raise ValueError(
+            raise NoMatchingPeftModuleError(
                 f"S0Config: target_modules={peft_config.target_modules!r} (exclude_modules="
                 f"{peft_config.exclude_modules!r}, layers_to_transform={peft_config.layers_to_transform!r}) matches "
                 f"nothing. The recurrent mixers of this model are {_shortened(mixers)}; leave target_modules at None "
@@ -158,19 +189,45 @@ class S0Model(BaseTuner):
             own = match_names(names.values(), (name for name, _ in _mixers(model)))
             state_dict = {f"{own[names[key]]}.s0_state.weight": state_dict[key] for key in names}
         # Another tuner may have injected an adapter into the same model, and must go on reaching all layers.
-        present = next(self.layers(), None)
-        super().inject_adapter(
-            model,
-            adapter_name,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-            state_dict=state_dict,
-        )
+        present = next(self.tuner_layers(), None)
+        with self._all_or_nothing(model, adapter_name):
+            super().inject_adapter(
+                model,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                state_dict=state_dict,
+            )
         watch(model)
         tag_model(model)
         self._routing = Routing() if present is None else present.routing
-        for layer in self.layers():
+        for layer in self.tuner_layers():
             layer.routing = self._routing
+
+    @contextmanager
+    def _all_or_nothing(self, model: nn.Module, adapter_name: str) -> Iterator[None]:
+        """Leave the model as it was where an adapter is refused: PEFT reads `modules_to_save` and tokens last."""
+        active = {layer: layer.active_adapters for layer in self.tuner_layers()}
+        trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+        wrappers = {module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)}
+        try:
+            yield
+        except Exception:
+            _take_away(model, adapter_name, cast(S0Config, self.peft_config[adapter_name]))
+            for name, module in list(model.named_modules()):
+                if isinstance(module, AuxiliaryTrainingWrapper) and module not in wrappers:
+                    parent, _, child = _get_submodules(model, name)
+                    setattr(parent, child, module.original_module)
+            for layer, names in active.items():
+                layer._active_adapter = names
+            for parameter, requires_grad in trained.items():
+                parameter.requires_grad_(requires_grad)
+            held = [layer.configs[adapter_name] for layer in self.tuner_layers() if adapter_name in layer.configs]
+            if held:
+                self.peft_config[adapter_name] = held[0]
+            else:
+                del self.peft_config[adapter_name]
+            raise
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(MERGE_ERROR)
@@ -183,8 +240,50 @@ class S0Model(BaseTuner):
         """
         raise ValueError(MERGE_ERROR)
 
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Choose the adapter that sequences start from; the states of several add up.
+
+        Args:
+            adapter_name: its name, or a list of names.
+            inference_mode: whether its states are frozen.
+
+        Raises:
+            ValueError: for a name that this model does not have.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        unknown = [name for name in names if name not in self.peft_config]
+        if unknown:
+            raise ValueError(f"Unknown adapters {unknown}; this model has {sorted(self.peft_config)}.")
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """See `BaseTuner.delete_adapter`.
+
+        Raises:
+            ValueError: for an unknown adapter, and for one of another method.
+        """
+        config = self.peft_config.get(adapter_name)
+        if config is not None and not isinstance(config, S0Config):
+            raise ValueError(
+                f"Adapter '{adapter_name}' is of type {PeftType(config.peft_type).value}: delete it through the "
+                "PeftModel that it was added with."
+            )
+        super().delete_adapter(adapter_name)
+
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
-        super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        if merge:
+            self._check_merge_allowed()
+        own = [name for name, config in self.peft_config.items() if isinstance(config, S0Config)]
+        if len(own) == len(self.peft_config):
+            super()._unload_and_optionally_merge(False, *args, **kwargs)
+        else:
+            # What other methods have put into the model stays, as S0 stays where they are unloaded or merged.
+            for name, module in list(self.model.named_modules()):
+                if isinstance(module, AuxiliaryTrainingWrapper) and module._get_available_adapters() <= set(own):
+                    parent, _, child = _get_submodules(self.model, name)
+                    setattr(parent, child, module.unload_and_optionally_merge_module(False, False, None))
+            for name in own:
+                del self.peft_config[name]
         for module in list(self.model.modules()):
             if has_layer(module):
                 detach(module)
@@ -193,7 +292,20 @@ class S0Model(BaseTuner):
         return self.model
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """States are made in float32 and stay so, whatever the base model's dtype."""
+        """States are made in float32 and stay so, whatever the base model's dtype.
+
+        PEFT calls this last where it loads an adapter. If the base model is offloaded, accelerate has offloaded the
+        states with it by then, those of layers on disk to files that do not hold them. They come back here.
+        """
+        for layer in self.tuner_layers():
+            if adapter_name in layer.configs:
+                state = layer.state(adapter_name)
+                hook: Any = getattr(state, "_hf_hook", None)
+                if getattr(hook, "offload", False):
+                    if state.loaded is not None:
+                        hook.weights_map = {"weight": state.loaded}
+                    remove_hook_from_module(state)
+                state.loaded = None
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """No: an initial state is no weight update."""
@@ -216,7 +328,7 @@ class S0Model(BaseTuner):
 
         Raises:
             ValueError: for unknown names, lists of different lengths, a name that is taken, another combination type,
-                or adapters that do not cover the same layers.
+                adapters that do not cover the same layers, or that train more than states.
         """
         if combination_type != "linear":
             raise ValueError(f"States combine by combination_type='linear' only, got {combination_type!r}.")
@@ -226,16 +338,23 @@ class S0Model(BaseTuner):
             raise ValueError(
                 f"Pass one weight for each adapter, got {len(adapters)} adapters and {len(weights)} weights."
             )
-        unknown = sorted(set(adapters) - set(self.peft_config))
+        own = {name: config for name, config in self.peft_config.items() if isinstance(config, S0Config)}
+        unknown = sorted(set(adapters) - set(own))
         if unknown:
-            raise ValueError(f"Unknown adapters {unknown}; this model has {sorted(self.peft_config)}.")
-        for layer in self.layers():
+            raise ValueError(f"Unknown adapters {unknown}; this model has {sorted(own)}.")
+        for name in adapters:
+            if own[name].modules_to_save or own[name].trainable_token_indices:
+                raise ValueError(
+                    f"States combine, whole modules do not: adapter '{name}' has modules_to_save or "
+                    "trainable_token_indices, which the combination would lose."
+                )
+        for layer in self.tuner_layers():
             held = [name for name in adapters if name in layer.configs]
             if held and len(held) != len(adapters):
                 raise ValueError(f"The adapters {adapters} do not cover the same layers: one layer has only {held}.")
         # Effective states are summed and stored as they are, so alpha is 1 and nothing is normalised again.
         self.peft_config[adapter_name] = replace(
-            cast(S0Config, self.peft_config[adapters[0]]),
+            own[adapters[0]],
             alpha=1.0,
             train_alpha=None,
             normalize=False,
@@ -244,7 +363,7 @@ class S0Model(BaseTuner):
         )
         self.inject_adapter(self.model, adapter_name)
         with torch.no_grad():
-            for layer in self.layers():
+            for layer in self.tuner_layers():
                 if adapter_name in layer.configs:
                     states = [
                         weight * layer.effective_state(name) for name, weight in zip(adapters, weights, strict=True)
@@ -359,9 +478,13 @@ class S0Model(BaseTuner):
             _withdraw(model, config, adapter_name)
             raise
         vars(config).pop("awaits_states", None)
+        if "disk" in getattr(model, "hf_device_map", {}).values():
+            for name, layer in model.named_modules():
+                if isinstance(layer, S0Layer) and adapter_name in layer.configs:
+                    layer.state(adapter_name).loaded = remapped[f"{name}.s0_state.{adapter_name}.weight"]
         return remapped
 
-    def layers(self) -> Iterator[S0Layer]:
+    def tuner_layers(self) -> Iterator[S0Layer]:
         """The tuner layers, in the order of the model."""
         return (module for module in self.model.modules() if isinstance(module, S0Layer))
 
@@ -516,12 +639,8 @@ def _withdraw(model: Any, config: S0Config, adapter_name: str) -> None:
     layers = [(mixer, layer) for mixer, layer in layers if adapter_name in layer.configs]
     if not all(layer.state(adapter_name).untouched for _, layer in layers):
         return
-    for mixer, layer in layers:
-        layer.delete_adapter(adapter_name)
-        if not layer.configs:
-            detach(mixer)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    unwatch(base)
+    _take_away(base, adapter_name, config)
     adapters = model.peft_config
     adapters.pop(adapter_name, None)
     if not adapters:
@@ -529,3 +648,16 @@ def _withdraw(model: Any, config: S0Config, adapter_name: str) -> None:
     if not adapters and "peft_config" in vars(base):
         # As PEFT's own unload does it: a model that carries this attribute counts as adapted.
         del base.peft_config
+
+
+def _take_away(model: nn.Module, adapter_name: str, config: S0Config) -> None:
+    """Take an adapter's states out of a model, and the tuner layers that are left without any."""
+    for mixer in [module for module in model.modules() if has_layer(module)]:
+        layer = layer_of(mixer)
+        if layer.configs.get(adapter_name) is config:
+            # Of the active adapter, PEFT would say that it is deleted; here it never was.
+            layer._active_adapter = [name for name in layer.active_adapters if name != adapter_name]
+            layer.delete_adapter(adapter_name)
+        if not layer.configs:
+            detach(mixer)
+    unwatch(model)

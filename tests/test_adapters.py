@@ -1,13 +1,16 @@
-"""Several adapters on one model, rows of different adapters, and other PEFT methods beside S0."""
+"""Several adapters on one model, and rows of different adapters."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from architectures import Architecture, mixers
+from architectures import ARCHITECTURES, Architecture, mixers
 from conftest import Tuned, tune
-from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import PeftModel, get_base_model_state_dict, get_peft_model, set_base_model_state_dict
+from peft.helpers import disable_input_dtype_casting
+from peft.tuners.tuners_utils import BaseTuner
 from test_law import left_pad
+from torch import nn
 
 from peft_s0 import S0Config
 
@@ -46,7 +49,7 @@ def test_switching(tuned: Tuned) -> None:
 
 def test_states_of_active_adapters_add_up(tuned: Tuned) -> None:
     add(tuned, "second", 1)
-    layers = list(tuned.model.base_model.layers())
+    layers = list(tuned.model.base_model.tuner_layers())
     for layer in layers:
         both = layer.effective_state("default") + layer.effective_state("second")
         layer.set_adapter(["default", "second"])
@@ -54,11 +57,27 @@ def test_states_of_active_adapters_add_up(tuned: Tuned) -> None:
         assert torch.equal(states, torch.stack([both, both]))
 
 
+def test_several_active_adapters(tuned: Tuned) -> None:
+    ids = tuned.ids(2, 9)
+    add(tuned, "second", 1, rank=2, normalize=True)
+    alone = [logits(tuned, ids, name) for name in ("default", "second")]
+    both = logits(tuned, ids, ["default", "second"])
+    assert tuned.model.active_adapters == ["default", "second"]
+    assert not any(torch.equal(both, one) for one in alone)
+    tuned.model.base_model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum")
+    torch.testing.assert_close(logits(tuned, ids, "sum"), both, atol=1e-5, rtol=0)
+    with pytest.raises(
+        ValueError, match=r"Unknown adapters \['third'\]; this model has \['default', 'second', 'sum'\]"
+    ):
+        tuned.model.base_model.set_adapter(["default", "third"])
+    assert tuned.model.active_adapters == ["sum"]
+
+
 def test_weighted_adapter(tuned: Tuned) -> None:
     ids = tuned.ids(2, 9)
     add(tuned, "second", 1, rank=2, normalize=True)
     tuned.model.base_model.add_weighted_adapter(["default", "second"], [0.3, 0.7], "soup")
-    for layer in tuned.model.base_model.layers():
+    for layer in tuned.model.base_model.tuner_layers():
         expected = 0.3 * layer.effective_state("default") + 0.7 * layer.effective_state("second")
         torch.testing.assert_close(layer.effective_state("soup"), expected)
     tuned.model.base_model.add_weighted_adapter(["default"], [1.0], "copy")
@@ -70,19 +89,24 @@ def test_weighted_adapter(tuned: Tuned) -> None:
     [
         (
             (["default", "other"], [1.0, 1.0], "soup"),
-            r"Unknown adapters \['other'\]; this model has \['default', 'few'\]",
+            r"Unknown adapters \['other'\]; this model has \['default', 'few', 'tokens', 'whole'\]",
         ),
         ((["default"], [1.0, 1.0], "soup"), "1 adapters and 2 weights"),
         ((["default"], [1.0], "default"), "exists already"),
         ((["default"], [1.0], "soup", "svd"), "'linear' only, got 'svd'"),
         ((["default", "few"], [1.0, 1.0], "soup"), "do not cover the same layers"),
+        ((["default", "whole"], [1.0, 1.0], "soup"), "adapter 'whole' has modules_to_save"),
+        ((["tokens"], [1.0], "soup"), "adapter 'tokens' has .*trainable_token_indices"),
     ],
 )
 def test_weighted_adapter_errors(tuned: Tuned, arguments: tuple, message: str) -> None:
     add(tuned, "few", 1, layers_to_transform=[0])
+    add(tuned, "whole", 1, modules_to_save=["lm_head"])
+    add(tuned, "tokens", 1, trainable_token_indices=[5])
+    names = list(tuned.model.peft_config)
     with pytest.raises(ValueError, match=message):
         tuned.model.base_model.add_weighted_adapter(*arguments)
-    assert list(tuned.model.peft_config) == ["default", "few"]
+    assert list(tuned.model.peft_config) == names
 
 
 @pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted")
@@ -95,12 +119,76 @@ def test_delete(tuned: Tuned) -> None:
     assert list(tuned.model.peft_config) == ["default"]
     assert torch.equal(tuned.model(ids).logits, first)
     assert not any("second" in name for name in tuned.model.state_dict())
+    add(tuned, "third", 2)
+    tuned.model.delete_adapter("third")
+    assert torch.equal(tuned.model(ids).logits, first)
+    tuned.model.delete_adapter("default")
+    assert not tuned.model.peft_config
+    assert torch.equal(tuned.model.base_model(ids).logits, tuned.base(ids).logits)
+    add(tuned, "default", 1)
+    tuned.model.set_adapter("default")
+    assert not torch.equal(tuned.model(ids).logits, tuned.base(ids).logits)
 
 
 def test_layers_to_transform_and_exclude(architecture: Architecture) -> None:
     for arguments in ({"layers_to_transform": [1]}, {"exclude_modules": r".*layers\.[02-9]\d*\..*"}):
         model = get_peft_model(architecture.build(), S0Config(**arguments))
         assert [name.split(".")[2] for name in model.targeted_module_names] == ["1"]
+
+
+def adapted(model: nn.Module, **config: object) -> list[str]:
+    """Names of the mixers that a config adapts."""
+    return get_peft_model(model, S0Config(alpha=1.0, **config)).targeted_module_names
+
+
+@pytest.mark.parametrize("row", ARCHITECTURES, ids=lambda architecture: architecture.name)
+def test_a_part_of_the_recurrent_layers(row: Architecture) -> None:
+    """As docs/peft.md says it: indices count all decoder layers, and not every one is recurrent."""
+    model = row.build()
+    kinds = model.config.get_text_config().layer_types
+    recurrent = [i for i, kind in enumerate(kinds) if kind in ("linear_attention", "hybrid")]
+    names = [name for name, module in model.named_modules() if any(module is mixer for mixer in mixers(model))]
+    assert [int(next(part for part in name.split(".") if part.isdigit())) for name in names] == recurrent
+    assert adapted(model, layers_to_transform=recurrent[: len(recurrent) // 2]) == names[: len(recurrent) // 2]
+
+
+def test_layers_to_transform_beside_other_fields(architecture: Architecture) -> None:
+    name = "linear_attn" if architecture.name == "qwen3_5" else "mamba"
+    full = f"model.layers.1.{name}"
+    for config in (
+        {"target_modules": rf"model\.layers\.\d+\.{name}", "layers_to_transform": 1},
+        {"target_modules": [name], "layers_to_transform": [1, 99], "layers_pattern": "layers"},
+        {"target_modules": [name], "layers_to_transform": [1], "layers_pattern": ["blocks", "layers"]},
+        {"target_modules": [f"model.layers.0.{name}", full], "layers_to_transform": [1]},
+        {"target_modules": [name], "layers_to_transform": [0, 1], "exclude_modules": [f"layers.0.{name}"]},
+    ):
+        assert adapted(architecture.build(), **config) == [full], config
+    with pytest.raises(ValueError, match="matches nothing"):
+        adapted(architecture.build(), layers_to_transform=[1], layers_pattern="blocks")
+    # In PEFT, no index is every layer.
+    assert len(adapted(architecture.build(), layers_to_transform=[])) == architecture.states
+
+
+@pytest.mark.parametrize("row", ARCHITECTURES, ids=lambda architecture: architecture.name)
+def test_layers_to_transform_on_every_architecture(row: Architecture) -> None:
+    """Also where mixers are targeted by their full names, and in a backbone that starts at its list of layers."""
+    model = row.build()
+    names = [name for name, module in model.named_modules() if any(module is mixer for mixer in mixers(model))]
+    last = int(next(part for part in names[-1].split(".") if part.isdigit()))
+    expected = [name for name in names if f".{last}." in name]
+    assert adapted(row.build(), layers_to_transform=[last]) == expected
+    backbone = getattr(model, model.base_model_prefix)
+    prefix = f"{model.base_model_prefix}."
+    assert adapted(backbone, layers_to_transform=[last]) == [name.removeprefix(prefix) for name in expected]
+
+
+def test_attributes_of_the_model_are_reached(architecture: Architecture) -> None:
+    """PEFT passes on to the model what a tuner does not have, so nothing that S0 adds may hide it."""
+    for base in (architecture.build(), architecture.build().model):
+        own = {name for name in dir(type(get_peft_model(base, S0Config()).base_model)) if not name.startswith("_")}
+        assert not (own - set(dir(BaseTuner))) & (set(dir(base)) | {name for name, _ in base.named_children()})
+    model = get_peft_model(architecture.build().model, S0Config())
+    assert model.layers[0] is model.get_base_model().layers[0]
 
 
 def test_fewer_layers_are_exact(architecture: Architecture) -> None:
@@ -165,7 +253,7 @@ def test_generate_with_an_adapter_for_each_row(mixed: Tuned, generation: dict) -
             if NAMES[i] == name and not generation.get("do_sample"):
                 length = min(actual.shape[-1], expected.shape[-1])
                 assert torch.equal(actual[i, :, :length], expected[i, :, :length])
-    assert all(layer.routing.rows is None for layer in mixed.model.base_model.layers())
+    assert all(layer.routing.rows is None for layer in mixed.model.base_model.tuner_layers())
 
 
 def test_all_rows_base(mixed: Tuned) -> None:
@@ -180,45 +268,6 @@ def test_routing_ends_with_an_exception(mixed: Tuned) -> None:
     with pytest.raises((AttributeError, TypeError), match=r"ndim|shape|string indices"):
         mixed.model(ids, adapter_names=NAMES, position_ids="nonsense")
     assert torch.equal(mixed.model(ids).logits, expected)
-
-
-LINEAR = {"qwen3_5": ["in_proj_qkv", "in_proj_a", "in_proj_b", "q_proj"], "falcon_h1": ["in_proj", "q_proj"]}
-
-
-@pytest.mark.parametrize("lora_first", [True, False])
-@pytest.mark.filterwarnings("ignore:Already found a `peft_config`", "ignore:You are trying to modify a model with PEFT")
-def test_lora_beside_s0(architecture: Architecture, lora_first: bool) -> None:
-    """On the very projections that S0 freezes at pads; merging LoRA leaves S0 in force."""
-    tuned = tune(architecture)
-    rows = [tuned.ids(1, 12)[0], tuned.ids(1, 5)[0]]
-    ids, mask, positions = left_pad(rows)
-    lora = LoraConfig(target_modules=LINEAR[architecture.name], init_lora_weights=False, r=4)
-    states = [layer.s0_state["default"].weight for layer in tuned.model.base_model.layers()]
-    base = architecture.build()
-    config = S0Config(alpha=0.7)
-    torch.manual_seed(3)
-    if lora_first:
-        model = get_peft_model(base, lora)
-        inject_adapter_in_model(config, model.base_model.model, "default")
-    else:
-        inject_adapter_in_model(config, base, "default")
-        del base.peft_config
-        model = get_peft_model(base, lora)
-    layers = [mixer.s0 for mixer in mixers(model)]
-    for layer, state in zip(layers, states, strict=True):
-        layer.s0_state["default"].weight.copy_(state)
-
-    def check(model: torch.nn.Module) -> torch.Tensor:
-        model.eval()
-        full = model(rows[1][None]).logits
-        padded = model(ids, attention_mask=mask, position_ids=positions).logits[1:, -5:]
-        effect = float((full - tuned.base(rows[1][None]).logits).abs().max())
-        tuned.assert_equal(padded, full, effect)
-        return full
-
-    unmerged = check(model)
-    merged = check(model.merge_and_unload())
-    torch.testing.assert_close(merged, unmerged, atol=1e-4, rtol=0)
 
 
 def test_modules_to_save_and_tokens(architecture: Architecture, tmp_path) -> None:
@@ -252,3 +301,65 @@ def test_status(tuned: Tuned) -> None:
     assert status.peft_types == {"default": "S0"}
     assert status.num_adapter_layers == len(mixers(tuned.base))
     assert status.merged_adapters == []
+    assert status.devices == {"default": ["cpu"]}
+    assert status.enabled is True
+    add(tuned, "few", 1, layers_to_transform=[0])
+    layers = tuned.model.get_layer_status()
+    names = [
+        name for name, module in tuned.base.named_modules() if any(module is mixer for mixer in mixers(tuned.base))
+    ]
+    assert [layer.name for layer in layers] == [f"model.{name}.s0" for name in names]
+    assert {layer.module_type for layer in layers} == {"S0Layer"}
+    assert [layer.available_adapters for layer in layers] == [["default", "few"], *[["default"]] * (len(names) - 1)]
+    assert [layer.requires_grad["default"] for layer in layers] == [True] * len(names)
+    assert layers[0].requires_grad["few"] is False
+    with tuned.model.disable_adapter():
+        assert tuned.model.get_model_status().enabled is False
+    assert tuned.model.get_model_status().enabled is True
+
+
+def test_print_trainable_parameters(tuned: Tuned, capsys: pytest.CaptureFixture) -> None:
+    states = sum(p.numel() for name, p in tuned.model.named_parameters() if "s0_state" in name)
+    total = sum(p.numel() for p in tuned.base.parameters()) + states
+    assert tuned.model.get_nb_trainable_parameters() == (states, total)
+    tuned.model.print_trainable_parameters()
+    assert f"trainable params: {states:,d} || all params: {total:,d}" in capsys.readouterr().out
+
+
+def test_freeze_and_unfreeze(tuned: Tuned) -> None:
+    add(tuned, "second", 1)
+
+    def trained() -> set[str]:
+        return {name.split(".")[-2] for name, p in tuned.model.named_parameters() if p.requires_grad}
+
+    assert trained() == {"default"}
+    tuned.model.set_requires_grad("second")
+    assert trained() == {"default", "second"}
+    tuned.model.set_requires_grad(["default", "second"], requires_grad=False)
+    assert trained() == set()
+    tuned.model.set_adapter("second")
+    assert trained() == {"second"}
+    tuned.model.set_adapter("default", inference_mode=True)
+    assert trained() == set()
+
+
+def test_the_base_models_own_weights(tuned: Tuned) -> None:
+    ids = tuned.ids(2, 9)
+    weights = get_base_model_state_dict(tuned.model)
+    assert weights.keys() == tuned.base.state_dict().keys()
+    other = tune(tuned.architecture, seed=1)
+    with torch.no_grad():
+        for name, parameter in other.model.named_parameters():
+            if "s0_state" in name:
+                parameter.copy_(tuned.model.get_parameter(name))
+    result = set_base_model_state_dict(other.model, weights)
+    assert not result.missing_keys
+    assert not result.unexpected_keys
+    assert torch.equal(other.model(ids).logits, tuned.model(ids).logits)
+
+
+def test_peft_without_input_casts(tuned: Tuned) -> None:
+    ids = tuned.ids(2, 9)
+    expected = tuned.model(ids).logits
+    with disable_input_dtype_casting(tuned.model):
+        assert torch.equal(tuned.model(ids).logits, expected)

@@ -393,7 +393,7 @@ def test_an_adapter_that_is_not_loaded_is_not_used(architecture: Architecture) -
 
     expected = tune(architecture)
     ids = expected.ids(2, 9)
-    states = [layer.s0_state["default"].weight for layer in expected.model.base_model.layers()]
+    states = [layer.s0_state["default"].weight for layer in expected.model.base_model.tuner_layers()]
     for give in (load, write, replace):
         config = S0Config(alpha=0.7, inference_mode=True, init_weights=1.0 if give is load else True)
         model = get_peft_model(architecture.build(), config).eval()
@@ -402,7 +402,7 @@ def test_an_adapter_that_is_not_loaded_is_not_used(architecture: Architecture) -
                 unloaded(ids)
         with model.disable_adapter():
             assert torch.equal(model(ids).logits, expected.base(ids).logits)
-        for layer, state in zip(model.base_model.layers(), states, strict=True):
+        for layer, state in zip(model.base_model.tuner_layers(), states, strict=True):
             give(layer, state)
         for loaded in (copy.deepcopy(model), model):
             assert torch.equal(loaded(ids).logits, expected.model(ids).logits)

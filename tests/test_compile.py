@@ -122,7 +122,7 @@ def test_a_compiled_model_follows(tuned: Tuned) -> None:
     seen.append(check(recompiled=True))
     tuned.model.set_adapter("default")
     assert torch.equal(check(recompiled=False), seen[0])
-    for layer in tuned.model.base_model.layers():
+    for layer in tuned.model.base_model.tuner_layers():
         layer.s0_state["default"].weight.mul_(-1)
     seen.append(check(recompiled=False))
     set_peft_model_state_dict(tuned.model, get_peft_model_state_dict(tune(tuned.architecture, seed=3).model))

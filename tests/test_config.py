@@ -61,8 +61,8 @@ def test_rank_beyond_the_state(architecture) -> None:
 def test_scales(architecture) -> None:
     ids = tune(architecture).ids(2, 9)
     plain = tune(architecture, alpha=0.5)
-    state = next(iter(plain.model.base_model.layers())).s0_state["default"].weight
-    layer = next(iter(plain.model.base_model.layers()))
+    state = next(iter(plain.model.base_model.tuner_layers())).s0_state["default"].weight
+    layer = next(iter(plain.model.base_model.tuner_layers()))
     config = plain.model.peft_config["default"]
     assert torch.equal(layer.effective_state("default"), 0.5 * state)
     config.normalize = True
@@ -77,7 +77,7 @@ def test_scales(architecture) -> None:
 
 def test_low_rank_state(architecture) -> None:
     tuned = tune(architecture, rank=2)
-    for layer in tuned.model.base_model.layers():
+    for layer in tuned.model.base_model.tuner_layers():
         heads, rows, columns = layer.state_shape
         assert layer.s0_state["default"].weight.shape == (heads, rows + columns, 2)
         assert torch.linalg.matrix_rank(layer.effective_state("default")).tolist() == [2] * heads

@@ -177,9 +177,9 @@ def test_lora_on_the_tapped_parts(name: str, modules: list[str]) -> None:
     merged = copy.deepcopy(model).merge_and_unload()
     # The twin of the merged model, with the states of the tuned one.
     slow = with_slow_mixers(merged, ROWS[name].slow_mixer, states_of(tuned.model))
-    inject_adapter_in_model(S0Config(alpha=0.7), model.base_model.model, "default")
+    inject_adapter_in_model(S0Config(alpha=0.7), model.base_model.model, "states")
     for mixer, tuned_mixer in zip(mixers(model), mixers(tuned.model), strict=True):
-        mixer.s0.s0_state["default"].weight.copy_(tuned_mixer.s0.s0_state["default"].weight)
+        mixer.s0.s0_state["states"].weight.copy_(tuned_mixer.s0.s0_state["default"].weight)
     rows = [tuned.ids(1, 12)[0], tuned.ids(1, 5)[0]]
     ids, mask, positions = left_pad(rows)
     expected = slow(rows[1][None], use_cache=False).logits.float()

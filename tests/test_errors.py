@@ -10,7 +10,17 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, Architecture
 from conftest import Tuned, tune
-from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftModel,
+    convert_to_lora,
+    get_peft_model,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from peft.helpers import rescale_adapter_scale
+from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Lfm2Config, Lfm2ForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -31,7 +41,9 @@ def test_pure_transformer() -> None:
         vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0
     )
     model = LlamaForCausalLM(config)
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM has no recurrent layers.*Qwen3_5GatedDeltaNet.*use LoRA"):
+    with pytest.raises(
+        NoMatchingPeftModuleError, match=r"LlamaForCausalLM has no recurrent layers.*Qwen3_5GatedDeltaNet.*use LoRA"
+    ):
         get_peft_model(model, S0Config())
     assert untouched(model)
 
@@ -68,10 +80,55 @@ def test_target_modules_that_hit_nothing(architecture: Architecture) -> None:
     model = architecture.build()
     for arguments in ({"target_modules": ["nothing"]}, {"layers_to_transform": [77]}):
         with pytest.raises(
-            ValueError, match=r"matches nothing. The recurrent mixers of this model are model\.layers\.0"
+            NoMatchingPeftModuleError, match=r"matches nothing. The recurrent mixers of this model are model\.layers\.0"
         ):
             get_peft_model(model, S0Config(**arguments))
     assert untouched(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+LATE = [
+    ({"trainable_token_indices": {"nothing": [1]}}, ValueError, "Target modules {'nothing'} not found"),
+    ({"trainable_token_indices": [100_000]}, IndexError, "out of bounds"),
+    ({"modules_to_save": ["lm_head"], "trainable_token_indices": {"nothing": [1]}}, ValueError, "{'nothing'}"),
+    ({"modules_to_save": ["default"]}, ValueError, "trying to target a module .* that is a child of"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), LATE)
+def test_what_peft_refuses_last(architecture: Architecture, arguments: dict, error: type, message: str) -> None:
+    """PEFT looks at further modules and tokens when the states are in place already."""
+    model = architecture.build()
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(error, match=message):
+        get_peft_model(model, S0Config(**arguments))
+    assert untouched(model)
+    assert [name for name, _ in model.named_modules()] == names
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not hasattr(model, "peft_config")
+    get_peft_model(model, S0Config())
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), LATE[:3])
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_what_peft_refuses_last_beside_a_good_adapter(tuned: Tuned, arguments: dict, error: type, message: str) -> None:
+    ids = tuned.ids(1, 5)
+    expected = tuned.model(ids).logits
+    trained = {name for name, parameter in tuned.model.named_parameters() if parameter.requires_grad}
+    names = [name for name, _ in tuned.model.named_modules()]
+    for add in (
+        lambda: tuned.model.add_adapter("second", S0Config(**arguments)),
+        lambda: inject_adapter_in_model(S0Config(**arguments), tuned.model.get_base_model(), "second"),
+        # Under the name of the one that is there.
+        lambda: inject_adapter_in_model(S0Config(target_modules=["nothing"]), tuned.model.get_base_model()),
+    ):
+        with pytest.raises((error, NoMatchingPeftModuleError)):
+            add()
+        assert list(tuned.model.peft_config) == ["default"]
+        assert tuned.model.peft_config["default"].alpha == 0.7
+        assert [name for name, _ in tuned.model.named_modules()] == names
+        assert {name for name, parameter in tuned.model.named_parameters() if parameter.requires_grad} == trained
+        assert torch.equal(tuned.model(ids).logits, expected)
 
 
 @pytest.fixture
@@ -162,18 +219,38 @@ def test_truncated_file(tuned: Tuned, folder: Path, keep: int) -> None:
     assert untouched(base)
 
 
-@pytest.mark.parametrize("keep", [0, 100, -10])
-def test_truncated_pickled_file(tuned: Tuned, tmp_path: Path, keep: int) -> None:
-    tuned.model.save_pretrained(tmp_path, safe_serialization=False)
-    file = tmp_path / "adapter_model.bin"
-    whole, ids = file.read_bytes(), tuned.ids(1, 5)
-    file.write_bytes(whole[:keep])
+@pytest.mark.parametrize("name", ["default", "second"])
+def test_no_pickle_is_read(tuned: Tuned, folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = load_file(folder / "adapter_model.safetensors")
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save(states, folder / "adapter_model.bin")
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("a pickle file was read"))
+    message = r"adapter_model\.bin, a pickle file, which can run code.*adapter_model\.safetensors only.*save_file\("
     base = tuned.architecture.build()
-    with pytest.raises(ValueError, match=r"adapter_model.bin' is not a whole PyTorch file.*again"):
-        PeftModel.from_pretrained(base, tmp_path)
+    with pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(base, folder, adapter_name=name)
     assert untouched(base)
-    file.write_bytes(whole)
-    assert torch.equal(PeftModel.from_pretrained(base, tmp_path)(ids).logits, tuned.model(ids).logits)
+    with pytest.raises(ValueError, match=message):
+        tuned.model.load_adapter(folder, "second")
+    assert list(tuned.model.peft_config) == ["default"]
+    monkeypatch.undo()
+    # As the message says.
+    save_file(torch.load(folder / "adapter_model.bin", weights_only=True), folder / "adapter_model.safetensors")
+    ids = tuned.ids(1, 5)
+    loaded = PeftModel.from_pretrained(base, folder, adapter_name=name)
+    assert torch.equal(loaded(ids).logits, tuned.model(ids).logits)
+
+
+def test_no_pickle_is_saved(tuned: Tuned, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds an adapter_model\.bin, as safe_serialization=False writes it"):
+        tuned.model.save_pretrained(tmp_path, safe_serialization=False)
+    assert not (tmp_path / "adapter_config.json").exists()
+    (tmp_path / "adapter_model.bin").unlink()
+    tuned.model.save_pretrained(tmp_path)
+    ids = tuned.ids(1, 5)
+    assert torch.equal(
+        PeftModel.from_pretrained(tuned.architecture.build(), tmp_path)(ids).logits, tuned.model(ids).logits
+    )
 
 
 def test_adapter_of_another_architecture(tmp_path: Path) -> None:
@@ -208,6 +285,73 @@ def test_merging(tuned: Tuned) -> None:
         with pytest.raises(ValueError, match=r"cannot be merged or unmerged.*set_adapter.*unload\(\)"):
             call()
     assert torch.equal(tuned.model(ids).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ({"r": 8}, "S0Config has no r. Use rank,"),
+        ({"lora_alpha": 16}, "no lora_alpha. Use alpha."),
+        ({"lora_dropout": 0.1}, "no lora_dropout. Use l2_lambda"),
+        ({"bias": "all"}, "no bias. Use modules_to_save"),
+        ({"init_lora_weights": False}, "no init_lora_weights. Use init_weights."),
+        ({"target_parameters": ["x"]}, "no target_parameters. Use target_modules; S0 adapts whole recurrent mixers"),
+        ({"rank_pattern": {"x": 2}}, "no rank_pattern. Use one rank for all layers, or adapters of their own"),
+        ({"alpha_pattern": {"x": 2}}, "no alpha_pattern. Use one alpha for all layers, or adapters of their own"),
+        ({"ensure_weight_tying": True}, "no ensure_weight_tying. Use trainable_token_indices"),
+        ({"anything_else": 1}, "unexpected keyword argument 'anything_else'"),
+    ],
+)
+def test_fields_of_lora(field: dict, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        S0Config(**field)
+
+
+def test_what_is_for_weights_only(tuned: Tuned, folder: Path) -> None:
+    """PEFT's functions that have no sense for states refuse, name the method, and change nothing."""
+    ids = tuned.ids(1, 5)
+    expected = tuned.model(ids).logits
+    assert not tuned.model.supports_lora_conversion()
+    with (
+        pytest.raises(ValueError, match="scaling is only supported for models with `LoraLayer`s"),
+        rescale_adapter_scale(tuned.model, 0.5),
+    ):
+        pass
+    with pytest.raises(TypeError, match=r"do not support LoRA conversion: .*S0Layer"):
+        convert_to_lora(tuned.model, rank=2)
+    with pytest.raises(ValueError, match=r"Hotswapping only supports .*LORA.* but S0 was passed"):
+        hotswap_adapter(tuned.model, folder, "default")
+    with pytest.raises(ValueError, match="No adapter layers found on the model"):
+        prepare_model_for_compiled_hotswap(tuned.model)
+    with pytest.raises(ValueError, match="is not supported for S0Model"):
+        tuned.model.save_pretrained(folder / "b", path_initial_model_for_weight_conversion=str(folder / "a"))
+    with pytest.raises(ValueError, match="'S0' is not compatible with the `PeftMixedModel`"):
+        get_peft_model(tuned.architecture.build(), S0Config(), mixed=True)
+    with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
+        tuned.model.add_adapter("other", LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="Adapter with name 'default' already exists"):
+        tuned.model.add_adapter("default", S0Config())
+    assert list(tuned.model.peft_config) == ["default"]
+    assert torch.equal(tuned.model(ids).logits, expected)
+
+
+def test_instead_of_rescaling(tuned: Tuned) -> None:
+    """What docs/peft.md says to do: alpha is read in each call."""
+    ids = tuned.ids(1, 5)
+    with torch.no_grad():
+        tuned.model.peft_config["default"].alpha *= 0.5
+        half = tuned.model(ids).logits
+        tuned.model.peft_config["default"].alpha *= 2
+        for parameter in tuned.model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(0.5)
+        assert torch.equal(tuned.model(ids).logits, half)
+
+
+def test_offloading_that_states_have_no_use_for(tuned: Tuned, folder: Path) -> None:
+    with pytest.warns(UserWarning, match="ephemeral_gpu_offload is ignored"):
+        tuned.model.load_adapter(folder, "second", ephemeral_gpu_offload=True)
+    assert "second" in tuned.model.peft_config
 
 
 def test_old_transformers() -> None:
@@ -252,7 +396,7 @@ def test_a_mixer_that_raises_leaves_nothing_frozen(tuned: Tuned) -> None:
         tuned.model(ids, attention_mask=mask)
     for handle in handles:
         handle.remove()
-    assert all(layer.call is None for layer in tuned.model.base_model.layers())
+    assert all(layer.call is None for layer in tuned.model.base_model.tuner_layers())
     assert torch.equal(tuned.model(ids).logits, expected)
     with tuned.model.disable_adapter():
         assert torch.equal(tuned.model(ids).logits, tuned.base(ids).logits)

@@ -65,7 +65,7 @@ def test_each_row_starts_from_its_adapters_state(mixed: Tuned) -> None:
     """To the last bit, though the rows are gathered before they are scaled."""
     mixed.model.add_adapter("low", S0Config(alpha=0.3, init_weights=1.0, rank=2, task_type="CAUSAL_LM"))
     names = [*NAMES, "low"]
-    layers, seen = list(mixed.model.base_model.layers()), 0
+    layers, seen = list(mixed.model.base_model.tuner_layers()), 0
     with mixed.model.base_model._enable_peft_forward_hooks(adapter_names=names):
         for layer in layers:
             states = layer.start_states(len(names), torch.device("cpu"))

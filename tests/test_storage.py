@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import Architecture
+from architectures import MAIN, Architecture
 from conftest import Tuned, tune
 from peft import (
+    AutoPeftModel,
     AutoPeftModelForCausalLM,
+    AutoPeftModelForFeatureExtraction,
+    AutoPeftModelForSequenceClassification,
     PeftConfig,
     PeftModel,
     get_peft_model,
@@ -21,8 +24,9 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.helpers import check_if_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from peft_s0 import S0Config, S0Layer
 
@@ -76,6 +80,47 @@ def test_trainable_and_low_memory_loading(tuned: Tuned, folder: Path) -> None:
         loaded = PeftModel.from_pretrained(tuned.architecture.build(), folder, **arguments)
         assert torch.equal(loaded(ids).logits, tuned.model(ids).logits)
         assert any(p.requires_grad for p in loaded.parameters()) is ("is_trainable" in arguments)
+        assert loaded.training is False or "is_trainable" in arguments
+        # A second adapter stays inactive.
+        loaded.load_adapter(folder, "second", **arguments)
+        assert loaded.active_adapters == ["default"]
+        trained = {name.split(".")[-2] for name, p in loaded.named_parameters() if p.requires_grad}
+        assert trained == ({"default", "second"} if "is_trainable" in arguments else set())
+        loaded.set_adapter("second")
+        assert torch.equal(loaded(ids).logits, tuned.model(ids).logits)
+
+
+def test_low_memory_injection(tuned: Tuned) -> None:
+    """States are made on the meta device, and are where the mixers are once they are loaded."""
+    states = get_peft_model_state_dict(tuned.model)
+    model = inject_adapter_in_model(S0Config(alpha=0.7), tuned.architecture.build(), low_cpu_mem_usage=True)
+    assert {p.device.type for name, p in model.named_parameters() if "s0_state" in name} == {"meta"}
+    set_peft_model_state_dict(model, states, low_cpu_mem_usage=True)
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    assert torch.equal(model.eval()(tuned.ids(2, 9)).logits, tuned.model(tuned.ids(2, 9)).logits)
+
+
+def test_several_adapters_in_one_folder(tuned: Tuned, tmp_path: Path) -> None:
+    """As PEFT lays them out: the default one at the top, others below, each with its own config."""
+    ids = tuned.ids(2, 9)
+    tuned.model.add_adapter("second", S0Config(alpha=0.3, init_weights=1.0, rank=2, layers_to_transform=[1]))
+    expected = {}
+    for name in ("default", "second"):
+        tuned.model.set_adapter(name)
+        expected[name] = tuned.model(ids).logits
+    tuned.model.save_pretrained(tmp_path / "all")
+    tuned.model.save_pretrained(tmp_path / "one", selected_adapters=["second"])
+    assert not (tmp_path / "one" / "adapter_config.json").exists()
+    assert len(load_file(tmp_path / "one" / "second" / "adapter_model.safetensors")) == 1
+    loaded = PeftModel.from_pretrained(tuned.architecture.build(), tmp_path / "all")
+    assert torch.equal(loaded(ids).logits, expected["default"])
+    loaded.load_adapter(tmp_path / "all", "other", subfolder="second")
+    loaded.load_adapter(tmp_path / "one" / "second", "another")
+    for name in ("other", "another"):
+        loaded.set_adapter(name)
+        assert torch.equal(loaded(ids).logits, expected["second"])
+    with pytest.raises(ValueError, match="invalid `selected_adapters`"):
+        tuned.model.save_pretrained(tmp_path / "none", selected_adapters=["third"])
 
 
 def test_auto_classes(tuned: Tuned, tmp_path: Path) -> None:
@@ -86,8 +131,34 @@ def test_auto_classes(tuned: Tuned, tmp_path: Path) -> None:
     model = get_peft_model(base, S0Config(init_weights=1.0, alpha=0.5))
     model.save_pretrained(tmp_path / "adapter")
     expected = model.eval()(ids).logits
-    for auto in (AutoPeftModelForCausalLM, AutoModelForCausalLM):
+    for auto in (AutoPeftModelForCausalLM, AutoPeftModel, AutoModelForCausalLM):
         assert torch.equal(auto.from_pretrained(tmp_path / "adapter").eval()(ids).logits, expected)
+    assert check_if_peft_model(str(tmp_path / "adapter"))
+
+
+# transformers has no classifier of FalconH1.
+TASKS = [
+    *((architecture, "FEATURE_EXTRACTION", AutoModel, AutoPeftModelForFeatureExtraction) for architecture in MAIN),
+    (MAIN[0], "SEQ_CLS", AutoModelForSequenceClassification, AutoPeftModelForSequenceClassification),
+]
+
+
+@pytest.mark.parametrize(("row", "task", "auto", "auto_peft"), TASKS, ids=lambda value: getattr(value, "name", None))
+def test_auto_classes_of_other_tasks(row: Architecture, task: str, auto: type, auto_peft: type, tmp_path: Path) -> None:
+    """A classification head is trained and saved with the states, as for LoRA."""
+    row.build().save_pretrained(tmp_path / "lm")
+    auto.from_pretrained(tmp_path / "lm").save_pretrained(tmp_path / "base")
+    base, model = (auto.from_pretrained(tmp_path / "base").eval() for _ in range(2))
+    model = get_peft_model(model, S0Config(task_type=task, init_weights=1.0, alpha=1.0))
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    assert any("modules_to_save" in name for name, _ in trained) is (task == "SEQ_CLS")
+    for _, parameter in trained:
+        parameter.add_(0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    ids = torch.randint(3, 99, (2, 9))
+    expected = model.eval()(ids)[0]
+    assert not torch.equal(expected, base(ids)[0])
+    assert torch.equal(auto_peft.from_pretrained(tmp_path / "adapter")(ids)[0], expected)
 
 
 def test_load_in_a_fresh_process(tuned: Tuned, folder: Path, tmp_path: Path) -> None:
@@ -109,7 +180,7 @@ with torch.no_grad():
 
 def test_states_put_in_by_hand_survive_pickle_and_deepcopy(architecture: Architecture) -> None:
     tuned = tune(architecture, init_weights=True)
-    for layer in tuned.model.base_model.layers():
+    for layer in tuned.model.base_model.tuner_layers():
         layer.s0_state["default"].weight.copy_(torch.randn_like(layer.s0_state["default"].weight))
     ids, mask = tuned.ids(2, 9), torch.ones(2, 9, dtype=torch.long)
     mask[0, :4] = 0
@@ -130,7 +201,7 @@ def test_a_copy_does_not_share_states(tuned: Tuned) -> None:
     copied = copy.deepcopy(tuned.model)
     ids = tuned.ids(2, 9)
     expected = tuned.model(ids).logits
-    for layer in copied.base_model.layers():
+    for layer in copied.base_model.tuner_layers():
         layer.s0_state["default"].weight.zero_()
     assert torch.equal(tuned.model(ids).logits, expected)
     assert torch.equal(copied(ids).logits, tuned.base(ids).logits)

@@ -86,7 +86,7 @@ def test_penalty_on_a_low_rank_state_is_that_of_the_state(architecture: Architec
     ids = pair[0].ids(2, 9)
     for tuned in pair:
         step_of(tuned, ids)
-    layers = list(pair[0].model.base_model.layers())
+    layers = list(pair[0].model.base_model.tuner_layers())
     for layer, found in zip(layers, difference(*pair), strict=True):
         state = layer.s0_state["default"]
         weight = state.weight.detach().requires_grad_()
