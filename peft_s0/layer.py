@@ -377,7 +377,7 @@ class S0Layer(nn.Module, BaseTunerLayer):
 
 
 NOT_LOADED = (
-    "A state of an S0 adapter for inference was never loaded: the file or state dict had none under its layer's name. "
+    "A state of an S0 adapter for inference was never loaded: the file or state dict had none of its name and shape. "
     "transformers' own load_adapter and from_pretrained do not translate all names between the classes of a model, as "
     "from text-only to vision-language. PeftModel.from_pretrained does: take this adapter away with delete_adapter and "
     "load it so. For an adapter that is to start from its first values, set inference_mode=False."

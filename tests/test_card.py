@@ -157,8 +157,10 @@ def test_a_folder_that_transformers_saved(architecture: Architecture, tmp_path: 
     assert "from transformers import AutoModelForCausalLM" in card_of(tmp_path).text
 
 
-def test_a_pickled_file_is_not_measured(model: PeftModel, tmp_path: Path) -> None:
-    model.save_pretrained(tmp_path, safe_serialization=False)
+def test_states_that_are_not_there_are_not_measured(model: PeftModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    update_model_card(tmp_path)
     assert rows_of(card_of(tmp_path)) == [{"adapter": "default", "alpha": "0.7"}]
 
 

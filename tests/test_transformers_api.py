@@ -226,5 +226,5 @@ def test_other_shapes_are_refused(folder: Path, architecture: Architecture) -> N
     tune(architecture, rank=2).model.save_pretrained(folder / "low rank")
     saved = json.loads((folder / "low rank" / "adapter_config.json").read_text())
     (folder / "low rank" / "adapter_config.json").write_text(json.dumps({**saved, "rank": None}))
-    with pytest.raises(RuntimeError, match="`ignore_mismatched_sizes`"):
+    with pytest.raises(RuntimeError, match=r"never loaded: .* had none of its name and shape"):
         architecture.build().load_adapter(str(folder / "low rank"))
