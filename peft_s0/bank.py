@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import hf_hub_download
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from .config import S0Config, check_readable, load_config
+from .config import S0Config, check_readable, find_states, load_config
 from .injection import CHILD, has_layer, layer_of
 from .layer import InitialState, S0Layer, Slots
 from .model import S0Model, check_fit
+from .naming import match_names
 from .rows import BASE
 
 
@@ -113,7 +113,10 @@ class StateBank:
                 )
             state = InitialState(layer_of(self._mixers[target]).state_shape, config, torch.device("meta"))
             shapes[target] = tuple(state.weight.shape)
-        task = _Task(name, config, _states_file(model_id, **kwargs), shapes)
+        file = find_states(str(model_id), **kwargs)
+        if file is None or file.name != SAFETENSORS_WEIGHTS_NAME:
+            raise ValueError(f"'{model_id}' has no {SAFETENSORS_WEIGHTS_NAME}; save the adapter with save_pretrained.")
+        task = _Task(name, config, file, shapes)
         if self.host == "cpu":
             task.states = {target: state.clone() for target, state in task.read(values=True).items()}
         else:
@@ -327,6 +330,8 @@ class _Task:
                     states[name.removeprefix("base_model.model.").removesuffix(_STATE)] = file.get_tensor(name)
             if self._stamp() != self.stamp:
                 raise ValueError("The file was changed since it was added. Remove the task and add it again.")
+            own = match_names(states, self.shapes)
+            states = {own[name]: state for name, state in states.items()}
             check_fit(self.shapes, states, values=values)
         except (ValueError, OSError) as error:
             raise ValueError(f"Task '{self.name}', file '{self.file}': {error}") from error
@@ -345,15 +350,6 @@ class _Slot:
 
 
 _STATE = f".{CHILD}.s0_state.weight"
-
-
-def _states_file(model_id: str | Path, subfolder: str | None = None, **kwargs: Any) -> Path:
-    folder = Path(model_id) / (subfolder or "")
-    if not folder.is_dir():
-        return Path(hf_hub_download(str(model_id), SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **kwargs))
-    if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
-        raise ValueError(f"'{folder}' has no {SAFETENSORS_WEIGHTS_NAME}; save the adapter with save_pretrained.")
-    return folder / SAFETENSORS_WEIGHTS_NAME
 
 
 def _effective_state(mixer: nn.Module, config: S0Config, stored: Tensor) -> Tensor:

@@ -181,7 +181,7 @@ class S0Config(PeftConfig):
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         options, _, _ = cls._split_kwargs(kwargs)
-        file = _find_states(pretrained_model_name_or_path, subfolder, options)
+        file = find_states(pretrained_model_name_or_path, subfolder, **options)
         if file is not None:
             check_readable(file)
         if kwargs.get("ephemeral_gpu_offload"):
@@ -228,7 +228,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _find_states(source: str, subfolder: str | None, options: dict[str, Any]) -> Path | None:
+def find_states(source: str, subfolder: str | None = None, **options: Any) -> Path | None:
     """The states file that PEFT will load, downloaded if the source is no folder; None if there is none.
 
     Raises:

@@ -256,6 +256,28 @@ def test_rows_of_a_task_have_the_base_models_head(architecture: Architecture, fo
     assert torch.equal(bank(ids, tasks=["plain"] * 2).logits, alone(ids).logits)
 
 
+def test_beams_beside_an_adapter_with_a_head(architecture: Architecture, folder: Path) -> None:
+    model = get_peft_model(architecture.build(), S0Config(init_weights=1.0, modules_to_save=["lm_head"])).eval()
+    model.base_model.model.lm_head.modules_to_save["default"].weight.mul_(2)
+    bank = StateBank(model, capacity=1)
+    bank.add("plain", folder / "plain")
+    alone, ids = PeftModel.from_pretrained(architecture.build(), folder / "plain"), tune(architecture).ids(2, 5)
+    beams = {"num_beams": 2, "num_return_sequences": 2, "max_new_tokens": 4, "do_sample": False}
+    expected = alone.generate(input_ids=ids, **beams)
+    assert torch.equal(bank.generate(input_ids=ids, tasks=["plain"] * 2, **beams), expected)
+
+
+def test_packed_rows(architecture: Architecture, folder: Path) -> None:
+    """All documents of a packed row start from the row's task."""
+    served = Served(architecture, folder)
+    ids = torch.cat([served.tuned.ids(1, n, seed=n) for n in (5, 4)], dim=1)
+    positions = torch.tensor([[*range(5), *range(4)]])
+    expected = served.alone("plain")(ids, position_ids=positions, use_cache=False).logits
+    actual = served.bank(ids, position_ids=positions, use_cache=False, tasks=["plain"]).logits
+    assert torch.equal(actual, expected)
+    assert not torch.equal(actual[0, 5:], served.alone("plain")(ids, use_cache=False).logits[0, 5:])
+
+
 def test_layers_that_are_tuned_later(architecture: Architecture, folder: Path) -> None:
     """An adapter that adds layers to the model does not reach the rows of a bank that has no slots there."""
     model = get_peft_model(architecture.build(), S0Config(layers_to_transform=[1])).eval()

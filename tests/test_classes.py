@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from peft_s0 import S0Config, S0Layer
+from peft_s0 import S0Config, S0Layer, StateBank
 from peft_s0.naming import match_names
 
 ROWS = {row.name: row for row in ARCHITECTURES}
@@ -406,3 +406,18 @@ def test_an_adapter_that_is_not_loaded_is_not_used(architecture: Architecture) -
             give(layer, state)
         for loaded in (copy.deepcopy(model), model):
             assert torch.equal(loaded(ids).logits, expected.model(ids).logits)
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "falcon_h1"])
+def test_banks_and_hot_swaps(name: str, tmp_path: Path) -> None:
+    family = Family(ROWS[name])
+    for saved, used in family.pairs():
+        tuned = family.tuned(saved)
+        tuned.save_pretrained(tmp_path / saved)
+        model = get_peft_model(family.build(used), S0Config(init_weights=1.0)).eval()
+        bank = StateBank(model, capacity=1)
+        bank.add("task", tmp_path / saved)
+        with bank.use(["task", "task"]):
+            assert torch.equal(hidden(model, IDS), hidden(tuned, IDS))
+        model.hotswap_adapter(tmp_path / saved, "default")
+        assert_exact(model, tuned)
