@@ -98,6 +98,8 @@ class InitialState(Float32Module):
         self._created = self.weight._version
         # The states of an adapter for inference are loaded; its first values stand for nothing.
         self.awaited = config.inference_mode
+        # Whether a loader put another parameter in place of the first, whose values nobody has looked at.
+        self.replaced = False
         # What was loaded, until accelerate has placed the model.
         self.loaded: Tensor | None = None
 
@@ -106,6 +108,7 @@ class InitialState(Float32Module):
 
         Raises:
             RuntimeError: if the state is for inference and was never loaded.
+            ValueError: if a loader that does not look at values has loaded NaN or infinity.
         """
         self.check_loaded()
         if torch.is_grad_enabled():
@@ -143,16 +146,19 @@ class InitialState(Float32Module):
         return self.weight._version == self._created
 
     def check_loaded(self) -> None:
-        """Refuse a state that is for inference and was never loaded; see `forward`."""
+        """Refuse a state that was never loaded though it is for inference, or was loaded broken; see `forward`."""
         if self.awaited:
             if self.untouched:
                 raise RuntimeError(NOT_LOADED)
             self.awaited = False
+        if self.replaced and not self.weight.is_meta and not torch.compiler.is_compiling():
+            check_finite("weight", self.weight.detach())
+            self.replaced = False
 
     def __setattr__(self, name: str, value: Any) -> None:
         # How transformers loads: it puts a parameter of its own in place of the first.
         if name == "weight":
-            self.awaited = False
+            self.awaited, self.replaced = False, True
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -301,6 +307,7 @@ class S0Layer(nn.Module, BaseTunerLayer):
 
         Raises:
             RuntimeError: if a state is for inference and was never loaded.
+            ValueError: if one has values that are NaN or infinite.
         """
         for name in self.configs:
             self.state(name).check_loaded()
@@ -374,6 +381,21 @@ class S0Layer(nn.Module, BaseTunerLayer):
     def forward(self, *args: Any, **kwargs: Any) -> None:
         """Never called; raises RuntimeError."""
         raise RuntimeError("An S0 layer is not called; it acts through the hooks of its mixer.")
+
+
+def check_finite(name: str, state: Tensor) -> None:
+    """Refuse a state with values that are not finite as float32, which is what it will be.
+
+    Raises:
+        ValueError: naming the state and how many values are bad.
+    """
+    # Smallest and largest tell at a tenth of the cost of all.
+    if not bool(torch.isfinite(torch.stack(state.float().aminmax())).all()):
+        bad = int((~torch.isfinite(state.float())).sum())
+        raise ValueError(
+            f"The state '{name}' has {bad} of {state.numel()} values that are NaN or infinite; a training run that "
+            "diverged or a damaged file. Load another checkpoint."
+        )
 
 
 NOT_LOADED = (

@@ -10,7 +10,7 @@ import torch
 from architectures import Architecture, mixers
 from conftest import Tuned, tune
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, pipeline
 
@@ -228,3 +228,21 @@ def test_other_shapes_are_refused(folder: Path, architecture: Architecture) -> N
     (folder / "low rank" / "adapter_config.json").write_text(json.dumps({**saved, "rank": None}))
     with pytest.raises(RuntimeError, match=r"never loaded: .* had none of its name and shape"):
         architecture.build().load_adapter(str(folder / "low rank"))
+
+
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_values_that_are_not_finite_are_refused(folder: Path, architecture: Architecture, is_trainable: bool) -> None:
+    """When they are loaded, or for training, which transformers tells nobody of, when they are used."""
+    file = folder / "adapter" / "adapter_model.safetensors"
+    states = load_file(file)
+    next(iter(states.values()))[0, 0, 0] = float("nan")
+    save_file(states, file, metadata={"format": "pt"})
+    model = architecture.build()
+    message = r"has 1 of \d+ values that are NaN or infinite.*Load another checkpoint"
+    if is_trainable:
+        model.load_adapter(str(folder / "adapter"), is_trainable=True)
+    else:
+        with pytest.raises(ValueError, match=message):
+            model.load_adapter(str(folder / "adapter"))
+    with pytest.raises(ValueError, match=message):
+        model(torch.ones(1, 3, dtype=torch.long))
