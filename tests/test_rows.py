@@ -172,7 +172,10 @@ def with_lm_head(architecture: Architecture) -> Tuned:
 @pytest.mark.parametrize("active", ["default", "second"])
 @pytest.mark.parametrize("generation", [{}, {"num_beams": 3}])
 def test_modules_to_save_of_each_row(architecture: Architecture, active: str, generation: dict) -> None:
-    """Rows whose adapter has no module of its own take the base model's, whatever adapter is active."""
+    """Rows whose adapter has no module of its own take the base model's, whatever adapter is active.
+
+    PEFT runs these modules on each adapter's rows apart, which rounds otherwise than the whole batch does.
+    """
     tuned = with_lm_head(architecture)
     names = ["default", "second", "other", "__base__"]
     # With the tokens that are trained.
