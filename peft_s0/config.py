@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Literal
 
 from peft import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 from safetensors import SafetensorError, safe_open
 
 VARIANTS = ("initial",)
@@ -133,6 +134,19 @@ class S0Config(PeftConfig):
             )
         if self.rank is not None and (not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1):
             raise ValueError(f"S0Config: rank must be an integer >= 1, or None for the full state, got {self.rank!r}.")
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write the config into a folder, in one step: whenever the process ends, the old file is there or the new one.
+
+        Args:
+            save_directory: the folder, made if it is not there.
+            kwargs: passed on to PEFT.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+            super().save_pretrained(temporary, **kwargs)
+            (Path(temporary) / CONFIG_NAME).replace(folder / CONFIG_NAME)
 
     @classmethod
     def from_pretrained(

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .config import S0Config
 from .mixers import Call, Mixer
-from .training import penalize
+from .training import check_engine, penalize
 
 BASE = "__base__"
 
@@ -39,12 +39,22 @@ class InitialState(nn.Module):
         self.weight = nn.Parameter(torch.zeros(stored, dtype=torch.float32, device=device))
         self._initialize(config.init_weights)
         self._created = self.weight._version
+        # Whether the parameter was seen as a shard (FSDP2); a forward pass sees it whole.
+        self.sharded = False
 
     def forward(self) -> Tensor:
-        """The state [heads, ...] in float32, unscaled."""
-        if self.weight.requires_grad and torch.is_grad_enabled():
+        """The state [heads, ...] in float32, unscaled; never the parameter itself, whose memory FSDP takes back."""
+        if torch.is_grad_enabled():
+            check_engine(self)
             penalize(self)
-        return self.compose(self.weight)
+        return self.compose(self.weight) if self.rank is not None else self.weight.clone()
+
+    def train(self, mode: bool = True) -> InitialState:
+        """See `torch.nn.Module.train`. A compiled forward pass can put no penalty on its parameters; this can."""
+        if mode:
+            penalize(self)
+        super().train(mode)
+        return self
 
     def compose(self, weight: Tensor) -> Tensor:
         """The state that a parameter value stands for: itself, or with a rank each head's U V^T."""
