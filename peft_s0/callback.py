@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 TRAVEL = 2e-3
-"""Below this sum of learning rates, training leaves a state about where it started.
+"""Below this sum of learning rates, training leaves a state close to where it started.
 
 Adam moves an entry of a state by about the learning rate in a step, whatever the size of the gradient, so the sum over
 all steps is how far it can get. The paper's recipe, 20 steps of 1e-3, allows 0.02; this is a tenth of it. TRL's default
-of 2e-5 with a linear schedule allows 0.0002 in 20 steps.
+of 2e-5 with a linear schedule allows 0.0002 in 20 steps, a hundredth.
 """
 
 
@@ -157,8 +157,8 @@ def _warn_of_standstill(args: TrainingArguments, state: TrainerState, optimizer:
         warnings.warn(
             f"S0Callback: with learning_rate={args.learning_rate:g}, lr_scheduler_type={schedule!r} and "
             f"{state.max_steps} steps, Adam moves an entry of a state by about {travel:.1g} at most, which leaves it "
-            "where it started. The paper's recipe, learning_rate=1e-3 and lr_scheduler_type='constant' for 20 steps, "
-            "moves it by up to 0.02.",
+            "close to where it started. The paper's recipe, learning_rate=1e-3 and lr_scheduler_type='constant' for 20 "
+            "steps, allows 0.02.",
             stacklevel=2,
         )
 

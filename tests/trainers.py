@@ -12,6 +12,7 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast, Trainer
 from trl import SFTConfig, SFTTrainer
 
@@ -65,6 +66,16 @@ def token_rows(rows: int = 8, shortest: int = 4) -> Dataset:
     """Tokens and labels of rows of different lengths; the first two tokens of each have no label."""
     ids = [[int(word[1:]) for word in words(shortest + 2 * i, seed=i).split()] for i in range(rows)]
     return Dataset.from_dict({"input_ids": ids, "labels": [[-100, -100, *row[2:]] for row in ids]})
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, rows: Dataset) -> float:
+    """Cross-entropy, the mean over all tokens with a label, from each row by itself."""
+    losses = []
+    for row in rows:
+        logits, labels = model(torch.tensor([row["input_ids"]])).logits[0], torch.tensor(row["labels"])
+        losses.append(cross_entropy(logits[:-1], labels[1:], reduction="none")[labels[1:] != -100])
+    return float(torch.cat(losses).mean())
 
 
 def weights(model: nn.Module) -> list[nn.Parameter]:
