@@ -4,6 +4,8 @@ Importing this package registers the method with PEFT, so that `get_peft_model`,
 `AutoPeftModel` and trainers that take a `peft_config` work with S0 adapters.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from ._versions import require_transformers
 
 require_transformers()
@@ -17,6 +19,9 @@ from .mixers import Family, Gate, Mixer, register_mixer, registered_mixers  # no
 from .model import S0Model  # noqa: E402
 from .registry import register  # noqa: E402
 
+if TYPE_CHECKING:
+    from .callback import S0Callback
+
 register()
 
 __version__ = "0.1.0"
@@ -25,6 +30,7 @@ __all__ = [
     "Family",
     "Gate",
     "Mixer",
+    "S0Callback",
     "S0Config",
     "S0Layer",
     "S0Model",
@@ -34,3 +40,12 @@ __all__ = [
     "registered_mixers",
     "update_model_card",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Only trainings need the callback, and with it transformers' trainer.
+    if name == "S0Callback":
+        from .callback import S0Callback
+
+        return S0Callback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,12 +6,13 @@ import math
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub import file_exists, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
 from safetensors import SafetensorError, safe_open
 
 from .card import update_card_of_peft
@@ -192,20 +193,26 @@ class S0Config(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save the config; if PEFT has written a model card for the adapter, add the section on S0 to it.
 
+        The config is written in one step: whenever the process ends, the old file is there or the new one.
+
         Args:
-            save_directory: folder to save into.
+            save_directory: folder to save into, made if it is not there.
             kwargs: passed on to PEFT.
 
         Raises:
             ValueError: if there is a pickle file of states, which no S0 adapter is loaded from.
         """
-        if (Path(save_directory) / WEIGHTS_NAME).exists():
+        folder = Path(save_directory)
+        if (folder / WEIGHTS_NAME).exists():
             raise ValueError(
                 f"'{save_directory}' holds an {WEIGHTS_NAME}, as safe_serialization=False writes it. S0 adapters are "
                 f"kept in {SAFETENSORS_WEIGHTS_NAME} only. Remove the file and save without safe_serialization=False."
             )
-        super().save_pretrained(save_directory, **kwargs)
-        update_card_of_peft(Path(save_directory))
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+            super().save_pretrained(temporary, **kwargs)
+            (Path(temporary) / CONFIG_NAME).replace(folder / CONFIG_NAME)
+        update_card_of_peft(folder)
 
 
 def load_config(model_id: str | Path, **kwargs: Any) -> S0Config:

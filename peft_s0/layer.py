@@ -15,7 +15,7 @@ from .config import S0Config
 from .mixers import Call, Mixer
 from .precision import keep_float32
 from .rows import Routing
-from .training import penalize
+from .training import check_engine, penalize
 
 
 class Float32Module(nn.Module):
@@ -102,9 +102,11 @@ class InitialState(Float32Module):
         self.replaced = False
         # What was loaded, until accelerate has placed the model.
         self.loaded: Tensor | None = None
+        # Whether the parameter was seen as a shard (FSDP2); a forward pass sees it whole.
+        self.sharded = False
 
     def forward(self) -> Tensor:
-        """The state [heads, ...] in float32, unscaled.
+        """The state [heads, ...] in float32, unscaled; never the parameter itself, whose memory FSDP takes back.
 
         Raises:
             RuntimeError: if the state is for inference and was never loaded.
@@ -112,8 +114,16 @@ class InitialState(Float32Module):
         """
         self.check_loaded()
         if torch.is_grad_enabled():
+            check_engine(self)
             penalize(self)
-        return self.compose(self.weight)
+        return self.compose(self.weight) if self.rank is not None else self.weight.clone()
+
+    def train(self, mode: bool = True) -> InitialState:
+        """See `torch.nn.Module.train`. A compiled forward pass can put no penalty on its parameters; this can."""
+        if mode:
+            penalize(self)
+        super().train(mode)
+        return self
 
     def compose(self, weight: Tensor) -> Tensor:
         """The state that a parameter value stands for: itself, or with a rank each head's U V^T."""
@@ -156,9 +166,9 @@ class InitialState(Float32Module):
             self.replaced = False
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # How transformers loads: it puts a parameter of its own in place of the first.
+        # How transformers loads: it puts a parameter of its own in place of the first. FSDP does so in each pass.
         if name == "weight":
-            self.awaited, self.replaced = False, True
+            self.awaited, self.replaced = False, not vars(self).get("sharded", False)
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,26 +1,34 @@
-"""Training: the penalty, plain loops, transformers' Trainer and TRL's SFTTrainer."""
+"""The penalty has the weight that the config says and is clipped as in the paper's recipe, in loops and in trainers."""
 
 from __future__ import annotations
 
 import copy
 import gc
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from architectures import Architecture
 from conftest import Tuned, tune
-from datasets import Dataset
-from peft import PeftModel
-from transformers import Trainer, TrainingArguments
-from trl import SFTConfig, SFTTrainer
+from peft import PeftModel, get_peft_model
+from torch.distributed.fsdp import fully_shard
+from trainers import ARGUMENTS, copies, states, token_rows, weights
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from peft_s0 import S0Config
+from peft_s0 import S0Callback, S0Config
+from peft_s0.layer import InitialState
+from peft_s0.training import OptimizerSteps
 
 LAMBDA = 0.25
-
-
-def weights(model) -> list[torch.nn.Parameter]:
-    return [p for name, p in model.named_parameters() if "s0_state" in name]
+RATE = 0.1
 
 
 def step_of(tuned: Tuned, ids: torch.Tensor) -> None:
@@ -94,119 +102,261 @@ def test_penalty_on_a_low_rank_state_is_that_of_the_state(architecture: Architec
         torch.testing.assert_close(found, weight.grad, atol=1e-4, rtol=1e-4)
 
 
-def dataset(tuned: Tuned, rows: int = 8) -> Dataset:
-    ids = [tuned.ids(1, 4 + 2 * i, seed=i)[0].tolist() for i in range(rows)]
-    return Dataset.from_dict({"input_ids": ids, "labels": [[-100, -100, *row[2:]] for row in ids]})
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+def test_penalty_on_compiled_states(architecture: Architecture) -> None:
+    """Also on those that have not run before, and were copied."""
+    pair = penalised(architecture)
+    pair[0].model = copy.deepcopy(pair[0].model).train()
+    ids = pair[0].ids(2, 9)
+    for layer in pair[0].model.base_model.layers():
+        layer.s0_state["default"].compile(backend="eager", fullgraph=True)
+    for tuned in pair:
+        step_of(tuned, ids)
+    for weight, found in zip(weights(pair[0].model), difference(*pair), strict=True):
+        torch.testing.assert_close(found, 2 * LAMBDA * weight.detach(), atol=1e-5, rtol=1e-4)
 
 
-def sft(tuned: Tuned, folder, config: S0Config, **arguments: object) -> SFTTrainer:
-    defaults = {
-        "output_dir": str(folder),
-        "max_steps": 2,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "optim": "adamw_torch",
-        "logging_steps": 1,
-        "report_to": [],
-        "bf16": False,
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "seed": 0,
-        "save_strategy": "no",
-        "gradient_checkpointing": False,
-        "max_grad_norm": 0.0,
-        "dataset_kwargs": {"skip_prepare_dataset": True},
-    }
-    return SFTTrainer(
-        model=tuned.architecture.build(),
-        args=SFTConfig(**{**defaults, **arguments}),
-        train_dataset=dataset(tuned),
-        processing_class=tokenizer(),
-        peft_config=config,
-    )
+def test_no_penalty_through_values_that_are_not_the_parameters(architecture: Architecture) -> None:
+    """As in the replicas of `DataParallel`, from each of which a gradient comes to the one parameter."""
+    state = next(tune(architecture, l2_lambda=LAMBDA).model.base_model.layers()).s0_state["default"]
+    weight = state.weight.detach().requires_grad_()
+    for value, expected in ((2 * weight, 2.0), (weight, 1 + 2 * LAMBDA * weight.detach())):
+        weight.grad = None
+        torch.func.functional_call(state, {"weight": value}, ()).sum().backward()
+        torch.testing.assert_close(weight.grad, torch.ones_like(weight) * expected)
 
 
-def tokenizer():
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    words = {f"w{i}": i for i in range(3, 128)} | {"<pad>": 0, "<bos>": 1, "<eos>": 2}
-    inner = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<pad>"
-    )
+def only_penalised(architecture: Architecture, l2_lambda: float = LAMBDA) -> PeftModel:
+    """With states that the loss says nothing of: all that moves them is the penalty, to (1 - 2 lr lambda)^n of them."""
+    base = architecture.build()
+    torch.manual_seed(0)
+    return get_peft_model(base, S0Config(alpha=0.0, init_weights=1.0, l2_lambda=l2_lambda))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_sft_trainer(architecture: Architecture, tmp_path, checkpointing: bool) -> None:
-    tuned = tune(architecture)
-    trainer = sft(tuned, tmp_path, S0Config(alpha=1.0), gradient_checkpointing=checkpointing)
-    before = {name: p.clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert len(losses) == 2
-    assert all(bool((weight != 0).all()) for weight in weights(trainer.model))
-    assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters() if name in before)
-    trainer.save_model(str(tmp_path / "adapter"))
-    loaded = PeftModel.from_pretrained(architecture.build(), tmp_path / "adapter")
-    for a, b in zip(weights(loaded), weights(trainer.model), strict=True):
-        assert torch.equal(a, b)
+def trainer_of(name: str, model: PeftModel, folder: Path, **arguments: Any) -> Trainer:
+    """SFTTrainer or transformers' own, with plain gradient descent."""
+    arguments = {**ARGUMENTS, "optim": "sgd", "learning_rate": RATE, "max_grad_norm": 0.0, **arguments}
+    callbacks, rows = arguments.pop("callbacks", []), token_rows(8)
+    if name == "sft":
+        arguments["gradient_checkpointing"] = arguments.get("gradient_checkpointing", False)
+        from trainers import tokenizer
+        from trl import SFTConfig, SFTTrainer
+
+        args = SFTConfig(output_dir=str(folder), **arguments)
+        return SFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer(), callbacks=callbacks)
+    same_length = [{name: row[name][:4] for name in ("input_ids", "labels")} for row in rows]
+    args = TrainingArguments(output_dir=str(folder), **arguments)
+    return Trainer(model, args, train_dataset=same_length, callbacks=callbacks)
 
 
-def test_sft_without_padding_equals_padded(architecture: Architecture, tmp_path) -> None:
-    """The same losses and states whether rows are padded or laid end to end."""
-    tuned, found = tune(architecture), {}
-    for name, arguments in {"padded": {}, "padding_free": {"padding_free": True, "max_length": None}}.items():
-        trainer = sft(tuned, tmp_path / name, S0Config(alpha=1.0), max_steps=3, **arguments)
-        trainer.train()
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        found[name] = (losses, [weight.detach().clone() for weight in weights(trainer.model)])
-    assert found["padded"][0] == pytest.approx(found["padding_free"][0], rel=1e-5)
-    for a, b in zip(found["padded"][1], found["padding_free"][1], strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
-
-
+@pytest.mark.parametrize("callbacks", [0, 1, 2])
 @pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize("trainer_class", ["sft", "plain"])
-def test_penalty_in_trainers(architecture: Architecture, tmp_path, accumulation: int, trainer_class: str) -> None:
-    """One SGD step with the penalty and one without differ by lr * 2 * lambda * S exactly."""
-    found = []
-    for l2_lambda in (LAMBDA, 0.0):
-        tuned = tune(architecture)
-        config = S0Config(alpha=1.0, init_weights=1.0, l2_lambda=l2_lambda)
-        arguments = {
-            "max_steps": 1,
-            "per_device_train_batch_size": 8 // accumulation,
-            "gradient_accumulation_steps": accumulation,
-            "optim": "sgd",
-            "learning_rate": 0.1,
-        }
-        if trainer_class == "sft":
-            torch.manual_seed(0)
-            trainer = sft(tuned, tmp_path, config, **arguments)
-        else:
-            from peft import get_peft_model
+@pytest.mark.parametrize("name", ["sft", "plain"])
+def test_penalty_in_trainers(
+    architecture: Architecture, tmp_path: Path, name: str, accumulation: int, callbacks: int
+) -> None:
+    """The same with the callback, without it, and with two of them."""
+    model = only_penalised(architecture)
+    start = copies(weights(model))
+    trainer = trainer_of(
+        name,
+        model,
+        tmp_path,
+        callbacks=[S0Callback() for _ in range(callbacks)],
+        per_device_train_batch_size=4 // accumulation,
+        gradient_accumulation_steps=accumulation,
+    )
+    trainer.train()
+    for before, after in zip(start, states(trainer), strict=True):
+        torch.testing.assert_close(after, (1 - 2 * RATE * LAMBDA) ** 3 * before, atol=1e-6, rtol=1e-5)
 
-            base = architecture.build()
-            torch.manual_seed(0)
-            ids = [{"input_ids": row, "labels": row} for row in tuned.ids(8, 9).tolist()]
-            trainer = Trainer(
-                model=get_peft_model(base, config),
-                args=TrainingArguments(
-                    output_dir=str(tmp_path),
-                    use_cpu=True,
-                    report_to=[],
-                    max_grad_norm=0.0,
-                    disable_tqdm=True,
-                    save_strategy="no",
-                    lr_scheduler_type="constant",
-                    **arguments,
-                ),
-                train_dataset=ids,
-            )
-        start = [weight.detach().clone() for weight in weights(trainer.model)]
+
+@pytest.mark.parametrize("name", ["sft", "plain"])
+def test_penalty_is_clipped_with_the_loss(architecture: Architecture, tmp_path: Path, name: str) -> None:
+    """As in the paper's recipe: a step of the gradient of loss and penalty, brought to the norm of 1 together."""
+    model = only_penalised(architecture)
+    start = copies(weights(model))
+    norm = 2 * LAMBDA * torch.stack([state.norm() for state in start]).norm()
+    assert norm > 10
+    trainer = trainer_of(name, model, tmp_path, max_grad_norm=1.0, max_steps=1, gradient_accumulation_steps=2)
+    trainer.train()
+    assert trainer.state.log_history[0]["grad_norm"] == pytest.approx(float(norm), rel=1e-5)
+    for before, after in zip(start, states(trainer), strict=True):
+        torch.testing.assert_close(after, before - RATE * 2 * LAMBDA * before / norm, atol=1e-6, rtol=1e-5)
+
+
+def test_interrupted_training_leaves_no_trace(architecture: Architecture, tmp_path: Path) -> None:
+    """A loop of one's own after it: the trainer, which is still there, announces nothing any more."""
+    model = only_penalised(architecture)
+
+    class Interrupt(S0Callback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+    trainer = trainer_of("plain", model, tmp_path, callbacks=[Interrupt()])
+    with pytest.raises(KeyboardInterrupt):
         trainer.train()
-        found.append((start, [weight.detach() for weight in weights(trainer.model)]))
-    for start, with_penalty, without in zip(found[0][0], found[0][1], found[1][1], strict=True):
-        torch.testing.assert_close(without - with_penalty, 0.1 * 2 * LAMBDA * start, atol=1e-6, rtol=1e-4)
+    model.zero_grad()
+    start = copies(weights(model))
+    optimizer = torch.optim.SGD(weights(model), RATE)
+    for _ in range(3):
+        for _ in range(2):
+            model(torch.tensor([[5, 6, 7]])).logits.sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for before, after in zip(start, weights(model), strict=True):
+        torch.testing.assert_close(after.detach(), (1 - 2 * RATE * LAMBDA) ** 3 * before, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("told", ["steps", "callback"])
+def test_gradient_scaler(architecture: Architecture, told: str) -> None:
+    """The penalty's gradient is scaled as the loss is, by a scale that changes from step to step."""
+    pair = penalised(architecture)
+    ids = pair[0].ids(2, 9)
+    optimizers = [torch.optim.SGD(weights(tuned.model), lr=0.0) for tuned in pair]
+    scalers = [torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1) for _ in pair]
+    if told == "steps":
+        steps = OptimizerSteps(pair[0].model, scalers[0])
+        begin, end = steps.begin, steps.end
+    else:
+        callback, args, state, control = S0Callback(), SimpleNamespace(), TrainerState(), TrainerControl()
+        accelerated = AcceleratedOptimizer(optimizers[0], device_placement=False, scaler=scalers[0])
+        callback.on_train_begin(args, state, control, model=pair[0].model, optimizer=accelerated)
+        begin, end = (
+            (lambda: callback.on_step_begin(args, state, control)),
+            lambda: callback.on_train_end(args, state, control),
+        )
+    for _ in range(3):
+        begin()
+        for tuned, optimizer, scaler in zip(pair, optimizers, scalers, strict=True):
+            for _ in range(2):
+                scaler.scale(tuned.model(ids).logits.square().mean()).backward()
+            scaler.unscale_(optimizer)
+        for weight, found in zip(weights(pair[0].model), difference(*pair), strict=True):
+            torch.testing.assert_close(found, 2 * LAMBDA * weight.detach(), atol=1e-5, rtol=1e-4)
+        for optimizer, scaler in zip(optimizers, scalers, strict=True):
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    assert scalers[0].get_scale() == 2.0**13
+    end()
+
+
+def test_fp16_without_being_told_of_the_scale(architecture: Architecture, tmp_path: Path) -> None:
+    """In a loop of one's own and in a trainer: an error that names the ways out, each of which works."""
+    message = r"l2_lambda=0.25 would get another weight here: gradients are scaled in fp16.*S0Callback\(\).*l2_lambda=0"
+    model = only_penalised(architecture)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.autocast("cpu", dtype=torch.float16):
+        with pytest.raises(ValueError, match=message):
+            model(ids)
+        with torch.no_grad():
+            model(ids)
+        only_penalised(architecture, l2_lambda=0.0)(ids)
+        steps = OptimizerSteps(model)
+        model(ids).logits.sum().backward()
+        steps.end()
+        with pytest.raises(ValueError, match=message):
+            model(ids)
+    with pytest.raises(ValueError, match=message):
+        trainer_of("plain", only_penalised(architecture), tmp_path, fp16=True).train()
+    trainer_of("plain", only_penalised(architecture), tmp_path, fp16=True, callbacks=[S0Callback()]).train()
+    trainer_of("plain", only_penalised(architecture, l2_lambda=0.0), tmp_path, fp16=True).train()
+
+
+@pytest.fixture
+def accelerate() -> Iterator[None]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    Accelerator(cpu=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+FP16 = SimpleNamespace(deepspeed_config={"fp16": {"enabled": True}})
+BF16 = SimpleNamespace(deepspeed_config={"bf16": {"enabled": True}})
+
+
+@pytest.mark.parametrize(
+    ("values", "reason", "told_helps"),
+    [
+        ({"distributed_type": "FSDP", "fsdp_plugin": SimpleNamespace(fsdp_version=2)}, "a sharded parameter", True),
+        ({"distributed_type": "FSDP", "fsdp_plugin": SimpleNamespace(fsdp_version=1)}, "FSDP1.*fsdp_version: 2", False),
+        ({"distributed_type": "DEEPSPEED", "deepspeed_plugins": BF16}, "a sharded parameter", True),
+        ({"distributed_type": "DEEPSPEED", "deepspeed_plugins": FP16}, "DeepSpeed scales fp16.*Use bf16", False),
+        ({"distributed_type": "MULTI_GPU"}, None, True),
+        ({"distributed_type": "MULTI_GPU", "_mixed_precision": "fp16"}, "gradients are scaled in fp16", True),
+    ],
+    ids=["fsdp2", "fsdp1", "deepspeed", "deepspeed_fp16", "ddp", "ddp_fp16"],
+)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_engines(
+    architecture: Architecture,
+    accelerate: None,
+    monkeypatch: pytest.MonkeyPatch,
+    values: dict[str, Any],
+    reason: str | None,
+    told_helps: bool,
+    compiled: bool,
+) -> None:
+    """What accelerate says it runs is refused where the penalty would get another weight; compiled, when it would."""
+    for name, value in values.items():
+        value = DistributedType(value) if name == "distributed_type" else value
+        for state in (AcceleratorState, PartialState):
+            monkeypatch.setitem(state._shared_state, name, value)
+    model = only_penalised(architecture).train()
+
+    def train() -> None:
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiled)
+        loss = model(torch.tensor([[5, 6, 7]])).logits.sum()
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: False)
+        loss.backward()
+
+    def refused() -> None:
+        with pytest.raises(ValueError, match=rf"l2_lambda=0.25 would get another weight here: {reason}.*l2_lambda=0\."):
+            train()
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: False)
+
+    if reason is None:
+        train()
+        return
+    refused()
+    steps = OptimizerSteps(model)
+    if told_helps:
+        train()
+    else:
+        refused()
+    steps.end()
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("states_alone", [False, True])
+def test_fsdp2(architecture: Architecture, one_process: None, states_alone: bool) -> None:
+    """Its gradients are gone after each backward pass. Each state is a unit of its own, as PEFT wraps it, or not."""
+    model = only_penalised(architecture)
+    start = copies(weights(model))
+    for module in model.modules():
+        if states_alone and isinstance(module, InitialState):
+            fully_shard(module)
+    fully_shard(model)
+    model.train()
+    optimizer = torch.optim.SGD(weights(model), RATE)
+    ids = torch.tensor([[5, 6, 7]])
+    with pytest.raises(ValueError, match="a sharded parameter does not show where an optimiser step begins"):
+        model(ids)
+    steps = OptimizerSteps(model)
+    for _ in range(3):
+        steps.begin()
+        for _ in range(2):
+            model(ids).logits.sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    steps.end()
+    for before, after in zip(start, weights(model), strict=True):
+        after = after.detach().full_tensor()
+        torch.testing.assert_close(after, (1 - 2 * RATE * LAMBDA) ** 3 * before, atol=1e-6, rtol=1e-5)

@@ -1,0 +1,177 @@
+"""The callback for trainers: what the states do, in the logs, and what the penalty must know of optimiser steps."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .layer import InitialState, S0Layer
+from .training import OptimizerSteps
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+TRAVEL = 2e-3
+"""Below this sum of learning rates, training leaves a state close to where it started.
+
+Adam moves an entry of a state by about the learning rate in a step, whatever the size of the gradient, so the sum over
+all steps is how far it can get. The paper's recipe, 20 steps of 1e-3, allows 0.02; this is a tenth of it. TRL's default
+of 2e-5 with a linear schedule allows 0.0002 in 20 steps, a hundredth.
+"""
+
+
+class S0Callback(TrainerCallback):
+    """Adds the states' norms, alpha and the penalty to a trainer's logs, and tells the penalty of optimiser steps.
+
+    Each time the trainer logs its loss, there are added, for the adapter that is trained,
+
+    - `s0/norm_mean`, `s0/norm_max`: mean and maximum over layers of the Frobenius norm of the unscaled state,
+    - `s0/alpha`: the scale of the state,
+    - `s0/penalty`: `l2_lambda * sum ||S||^2`, which is not in the loss that is logged.
+
+    If several adapters are trained, their names follow `s0/`. At the start, it warns if the learning rates of all steps
+    together cannot move a state far.
+
+    The penalty (`l2_lambda`) needs this callback in trainings under FSDP2, DeepSpeed and fp16, and has the same weight
+    everywhere with it and without.
+
+    Passed as `callbacks=[S0Callback()]`, the values reach the trainer's history, its progress bar and all callbacks
+    that come later. Trainers call the reporters of `report_to` first: `S0Callback.add_to(trainer)` comes before them.
+
+    Raises:
+        ValueError: when training begins, if the model has no S0 layer.
+
+    Example:
+        >>> trainer = SFTTrainer(model, peft_config=S0Config(), args=SFTConfig(report_to="wandb"), train_dataset=data)
+        >>> S0Callback.add_to(trainer)
+        >>> trainer.train()
+    """
+
+    def __init__(self) -> None:
+        self._layers: list[S0Layer] = []
+        self._steps: OptimizerSteps | None = None
+
+    @classmethod
+    def add_to(cls, trainer: Trainer) -> S0Callback:
+        """Put the callback in front of the reporters of a trainer, which may have it already."""
+        present = trainer.pop_callback(cls)
+        callback = present if isinstance(present, cls) else cls()
+        trainer.callback_handler.callbacks.insert(0, callback)
+        return callback
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Find the states, however the model is wrapped."""
+        model: nn.Module = kwargs["model"]
+        self._layers = [module for module in model.modules() if isinstance(module, S0Layer)]
+        if not self._layers:
+            raise ValueError(
+                f"S0Callback: {type(model).__name__} has no S0 layer. Pass peft_config=S0Config() to the trainer, or "
+                "leave the callback out."
+            )
+        self._steps = OptimizerSteps(model, getattr(kwargs.get("optimizer"), "scaler", None))
+        if state.is_world_process_zero:
+            _warn_of_standstill(args, state, kwargs.get("optimizer"), kwargs.get("lr_scheduler"))
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Announce an optimiser step to the penalty."""
+        if self._steps is not None:
+            self._steps.begin()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let go of the states."""
+        if self._steps is not None:
+            self._steps.end()
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Add the values to what the trainer logs, and to its history."""
+        logs: dict[str, float] = kwargs["logs"]
+        if "loss" not in logs:
+            return
+        values = self._values()
+        logs.update(values)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(values)
+
+    @torch.no_grad()
+    def _values(self) -> dict[str, float]:
+        norms: dict[str, list[Tensor]] = {}
+        penalties: dict[str, list[Tensor]] = {}
+        alphas: dict[str, float] = {}
+        for layer in self._layers:
+            for name, config in layer.configs.items():
+                initial = layer.state(name)
+                if initial.weight.requires_grad:
+                    with _whole(initial) as state:
+                        norm = state.norm()
+                    norms.setdefault(name, []).append(norm)
+                    penalties.setdefault(name, []).append(config.l2_lambda * norm.square())
+                    assert config.alpha is not None, "S0Model sets alpha before it makes layers"
+                    alphas[name] = config.alpha
+        values: dict[str, float] = {}
+        for name, alpha in alphas.items():
+            prefix = "s0/" if len(alphas) == 1 else f"s0/{name}/"
+            of_layers = torch.stack([norm.cpu() for norm in norms[name]])
+            values |= {
+                f"{prefix}norm_mean": float(of_layers.mean()),
+                f"{prefix}norm_max": float(of_layers.max()),
+                f"{prefix}alpha": alpha,
+                f"{prefix}penalty": float(torch.stack([penalty.cpu() for penalty in penalties[name]]).sum()),
+            }
+        return values
+
+
+@contextmanager
+def _whole(initial: InitialState) -> Iterator[Tensor]:
+    """An unscaled state, gathered if it is sharded."""
+    weight: Any = initial.weight
+    if hasattr(weight, "full_tensor"):
+        yield initial.compose(weight.full_tensor())
+    elif hasattr(weight, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([weight]):
+            yield initial.compose(weight)
+    else:
+        yield initial.compose(weight)
+
+
+def _warn_of_standstill(args: TrainingArguments, state: TrainerState, optimizer: Any, lr_scheduler: Any) -> None:
+    if "adam" not in type(getattr(optimizer, "optimizer", optimizer)).__name__.lower():
+        return
+    travel = _travel(lr_scheduler, args.learning_rate, state.max_steps)
+    if travel < TRAVEL:
+        schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+        warnings.warn(
+            f"S0Callback: with learning_rate={args.learning_rate:g}, lr_scheduler_type={schedule!r} and "
+            f"{state.max_steps} steps, Adam moves an entry of a state by about {travel:.1g} at most, which leaves it "
+            "close to where it started. The paper's recipe, learning_rate=1e-3 and lr_scheduler_type='constant' for 20 "
+            "steps, allows 0.02.",
+            stacklevel=2,
+        )
+
+
+def _travel(lr_scheduler: Any, learning_rate: float, steps: int) -> float:
+    """Sum of the learning rates of all steps, as far as it is needed."""
+    if not isinstance(lr_scheduler, LambdaLR):
+        # It follows the loss, or is an engine's own: as far as the learning rate allows.
+        return learning_rate * steps
+    travel: float = 0.0
+    for step in range(steps):
+        rates = zip(lr_scheduler.base_lrs, lr_scheduler.lr_lambdas, strict=True)
+        travel += max(float(rate) * factor(step) for rate, factor in rates)
+        if travel >= TRAVEL:
+            break
+    return travel
