@@ -108,7 +108,7 @@ def test_penalty_on_compiled_states(architecture: Architecture) -> None:
     pair = penalised(architecture)
     pair[0].model = copy.deepcopy(pair[0].model).train()
     ids = pair[0].ids(2, 9)
-    for layer in pair[0].model.base_model.layers():
+    for layer in pair[0].model.base_model.tuner_layers():
         layer.s0_state["default"].compile(backend="eager", fullgraph=True)
     for tuned in pair:
         step_of(tuned, ids)
@@ -118,7 +118,7 @@ def test_penalty_on_compiled_states(architecture: Architecture) -> None:
 
 def test_no_penalty_through_values_that_are_not_the_parameters(architecture: Architecture) -> None:
     """As in the replicas of `DataParallel`, from each of which a gradient comes to the one parameter."""
-    state = next(tune(architecture, l2_lambda=LAMBDA).model.base_model.layers()).s0_state["default"]
+    state = next(tune(architecture, l2_lambda=LAMBDA).model.base_model.tuner_layers()).s0_state["default"]
     weight = state.weight.detach().requires_grad_()
     for value, expected in ((2 * weight, 2.0), (weight, 1 + 2 * LAMBDA * weight.detach())):
         weight.grad = None
