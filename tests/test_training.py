@@ -361,14 +361,18 @@ def test_fsdp2(architecture: Architecture, one_process: None, states_alone: bool
     ids = torch.tensor([[5, 6, 7]])
     with pytest.raises(ValueError, match="a sharded parameter does not show where an optimiser step begins"):
         model(ids)
-    steps = OptimizerSteps(model)
+    callback, args, state, control = S0Callback(), SimpleNamespace(), TrainerState(), TrainerControl()
+    callback.on_train_begin(args, state, control, model=model)
     for _ in range(3):
-        steps.begin()
+        callback.on_step_begin(args, state, control)
         for _ in range(2):
             model(ids).logits.sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    steps.end()
-    for before, after in zip(start, weights(model), strict=True):
-        after = after.detach().full_tensor()
+    logs = {"loss": 0.0}
+    callback.on_log(args, state, control, logs=logs)
+    callback.on_train_end(args, state, control)
+    whole = [weight.detach().full_tensor() for weight in weights(model)]
+    assert logs["s0/norm_max"] == pytest.approx(max(float(state.norm()) for state in whole), rel=1e-6)
+    for before, after in zip(start, whole, strict=True):
         torch.testing.assert_close(after, (1 - 2 * RATE * LAMBDA) ** 3 * before, atol=1e-6, rtol=1e-5)
