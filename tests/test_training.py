@@ -66,6 +66,17 @@ def test_penalty_is_added_once_for_each_step(architecture: Architecture, backwar
                 b.copy_(a)
 
 
+def test_penalty_is_added_again_after_a_step_that_was_skipped(architecture: Architecture) -> None:
+    pair = penalised(architecture)
+    ids = pair[0].ids(2, 9)
+    for _ in range(2):
+        for tuned in pair:
+            tuned.model.zero_grad()
+            step_of(tuned, ids)
+        for weight, found in zip(weights(pair[0].model), difference(*pair), strict=True):
+            torch.testing.assert_close(found, 2 * LAMBDA * weight.detach(), atol=1e-5, rtol=1e-4)
+
+
 def test_penalty_with_two_forwards_in_one_backward(architecture: Architecture) -> None:
     pair = penalised(architecture)
     ids = pair[0].ids(2, 9)
@@ -208,8 +219,17 @@ def test_interrupted_training_leaves_no_trace(architecture: Architecture, tmp_pa
         torch.testing.assert_close(after.detach(), (1 - 2 * RATE * LAMBDA) ** 3 * before, atol=1e-6, rtol=1e-5)
 
 
+@pytest.fixture
+def accelerate() -> Iterator[None]:
+    """A state of accelerate that is gone afterwards, whatever becomes of it."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    Accelerator(cpu=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.mark.parametrize("told", ["steps", "callback"])
-def test_gradient_scaler(architecture: Architecture, told: str) -> None:
+def test_gradient_scaler(architecture: Architecture, accelerate: None, told: str) -> None:
     """The penalty's gradient is scaled as the loss is, by a scale that changes from step to step."""
     pair = penalised(architecture)
     ids = pair[0].ids(2, 9)
@@ -242,7 +262,7 @@ def test_gradient_scaler(architecture: Architecture, told: str) -> None:
     end()
 
 
-def test_fp16_without_being_told_of_the_scale(architecture: Architecture, tmp_path: Path) -> None:
+def test_fp16_without_being_told_of_the_scale(architecture: Architecture, accelerate: None, tmp_path: Path) -> None:
     """In a loop of one's own and in a trainer: an error that names the ways out, each of which works."""
     message = r"l2_lambda=0.25 would get another weight here: gradients are scaled in fp16.*S0Callback\(\).*l2_lambda=0"
     model = only_penalised(architecture)
@@ -262,14 +282,6 @@ def test_fp16_without_being_told_of_the_scale(architecture: Architecture, tmp_pa
         trainer_of("plain", only_penalised(architecture), tmp_path, fp16=True).train()
     trainer_of("plain", only_penalised(architecture), tmp_path, fp16=True, callbacks=[S0Callback()]).train()
     trainer_of("plain", only_penalised(architecture, l2_lambda=0.0), tmp_path, fp16=True).train()
-
-
-@pytest.fixture
-def accelerate() -> Iterator[None]:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    Accelerator(cpu=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 FP16 = SimpleNamespace(deepspeed_config={"fp16": {"enabled": True}})
@@ -349,14 +361,18 @@ def test_fsdp2(architecture: Architecture, one_process: None, states_alone: bool
     ids = torch.tensor([[5, 6, 7]])
     with pytest.raises(ValueError, match="a sharded parameter does not show where an optimiser step begins"):
         model(ids)
-    steps = OptimizerSteps(model)
+    callback, args, state, control = S0Callback(), SimpleNamespace(), TrainerState(), TrainerControl()
+    callback.on_train_begin(args, state, control, model=model)
     for _ in range(3):
-        steps.begin()
+        callback.on_step_begin(args, state, control)
         for _ in range(2):
             model(ids).logits.sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    steps.end()
-    for before, after in zip(start, weights(model), strict=True):
-        after = after.detach().full_tensor()
+    logs = {"loss": 0.0}
+    callback.on_log(args, state, control, logs=logs)
+    callback.on_train_end(args, state, control)
+    whole = [weight.detach().full_tensor() for weight in weights(model)]
+    assert logs["s0/norm_max"] == pytest.approx(max(float(state.norm()) for state in whole), rel=1e-6)
+    for before, after in zip(start, whole, strict=True):
         torch.testing.assert_close(after, (1 - 2 * RATE * LAMBDA) ** 3 * before, atol=1e-6, rtol=1e-5)
