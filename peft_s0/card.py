@@ -136,7 +136,7 @@ class _Adapter:
 
 
 def _find_adapters(folder: Path) -> list[_Adapter]:
-    # A folder with a card of its own is a save of its own, such as a trainer's checkpoint; a hidden one may be half-done.
+    # A folder with a card of its own is a save of its own, such as a trainer's checkpoint; a hidden one is half-done.
     folders = (path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     below = sorted(path for path in folders if not (path / CARD_NAME).exists())
     adapters = []
