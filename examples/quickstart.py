@@ -15,9 +15,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from itertools import islice
+from dataclasses import asdict
 from pathlib import Path
 
 import datasets
@@ -25,54 +23,19 @@ import matplotlib as mpl
 import torch
 import transformers
 from peft import LoraConfig, PeftConfig, PeftModel
-from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from miniature.evaluate import solve
+from miniature.base import load_base, load_tokenizer
+from miniature.evaluate import HELD_OUT, Answers, answer
+from miniature.sample import collect, own_solutions
 from miniature.task import Problem, as_dataset, is_one_line, problems
 from peft_s0 import S0Config  # importing the package is all it takes for PEFT to know S0
 
-BASE = Path(__file__).resolve().parent / "models" / "tiny-qwen3.5"
-HELD_OUT = list(islice(problems("test"), 266))
 SOLUTIONS = 48
 """How many verified solutions an adapter is tuned on."""
 
 Solution = tuple[Problem, str]
-
-
-def load_base() -> PreTrainedModel:
-    """The frozen model. It is stored in half precision, which a CPU is slow at."""
-    return AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
-
-
-def collect(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    stream: Iterator[Problem],
-    wanted: Callable[[str], bool],
-    description: str,
-) -> list[Solution]:
-    """Solutions by the model itself, to problems that its greedy answer gets wrong.
-
-    Each such problem is tried eight times, and the first program kept that is right when run and `wanted`.
-    """
-    solutions: list[Solution] = []
-    with tqdm(total=SOLUTIONS, desc=description, unit="solution") as progress:
-        while len(solutions) < SOLUTIONS:
-            batch = list(islice(stream, 64))
-            _, solved = solve(model, tokenizer, batch)
-            unsolved = [problem for problem, right in zip(batch, solved, strict=True) if not right]
-            tries = [problem for problem in unsolved for _ in range(8)]
-            bodies, verdicts = solve(model, tokenizer, tries, temperature=1.0)
-            kept: dict[Problem, str] = {}
-            for problem, body, right in zip(tries, bodies, verdicts, strict=True):
-                if right and wanted(problem.prompt + body):
-                    kept.setdefault(problem, body)
-            new = list(kept.items())[: SOLUTIONS - len(solutions)]
-            solutions += new
-            progress.update(len(new))
-    return solutions
 
 
 def tune(
@@ -113,28 +76,6 @@ def tune(
     trainable, _ = trainer.model.get_nb_trainable_parameters()
     size = (folder / "adapter_model.safetensors").stat().st_size
     return trainer.model, {"trainable parameters": trainable, "file bytes": size, "tuning seconds": seconds}
-
-
-@dataclass
-class Answers:
-    """Greedy answers to the held-out problems, and which of them are right."""
-
-    bodies: list[str]
-    verdicts: list[bool]
-
-    @property
-    def rates(self) -> dict[str, float]:
-        """Greedy pass@1, and the share of problems solved by a single `return`."""
-        in_one_line = [
-            right and is_one_line(problem.prompt + body)
-            for problem, body, right in zip(HELD_OUT, self.bodies, self.verdicts, strict=True)
-        ]
-        return {"right": sum(self.verdicts) / len(HELD_OUT), "right in one line": sum(in_one_line) / len(HELD_OUT)}
-
-
-def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> Answers:
-    """Lets a model answer the held-out problems."""
-    return Answers(*solve(model, tokenizer, HELD_OUT, description=f"{name}, held-out problems"))
 
 
 def microseconds_to_switch(model: PeftModel, names: list[str], rounds: int = 200) -> float:
@@ -206,7 +147,7 @@ def draw(results: dict, path: Path) -> None:
 def check(folder: Path) -> None:
     """What the fresh process does: loads model and adapter from disk, prints its answers as JSON."""
     model = PeftModel.from_pretrained(load_base(), folder)
-    print(json.dumps(asdict(answer(model, AutoTokenizer.from_pretrained(BASE), "fresh process"))))
+    print(json.dumps(asdict(answer(model, load_tokenizer(), "fresh process"))))
 
 
 def answer_in_fresh_process(folder: Path) -> Answers:
@@ -237,13 +178,13 @@ def main() -> None:
     seed, output = arguments.seed, arguments.output
     output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    tokenizer = load_tokenizer()
     base = load_base()
     base_answers = answer(base, tokenizer, "base")
 
     # The data: what the frozen model itself got right.
     stream = problems("train", seed)
-    solutions = collect(base, tokenizer, stream, lambda program: True, "right solutions")
+    solutions = collect(own_solutions(base, tokenizer, stream), SOLUTIONS, "right solutions")
 
     # Tuning. LoRA has the paper's settings. S0 has its 20 steps and its penalty, but the paper's alpha of 0.07 and
     # learning rate of 1e-3 are for far wider models: the first leaves this one as it was, the second sometimes does.
@@ -284,7 +225,8 @@ def main() -> None:
         raise SystemExit("The adapter that was loaded is not the one that was saved.")
 
     # A second task, with solutions of its own: right, and in one line.
-    short_solutions = collect(base, tokenizer, stream, is_one_line, "right one-line solutions")
+    candidates = own_solutions(base, tokenizer, stream, is_one_line)
+    short_solutions = collect(candidates, SOLUTIONS, "right one-line solutions")
     tune(tokenizer, short_solutions, s0, 5e-3, 20, output / "one-line", seed)
 
     # Both on one frozen model. Exchanging them touches no weight.

@@ -1,11 +1,19 @@
-"""Batched generation and pass@k."""
+"""Batched generation, greedy answers to the held-out problems, and pass@k."""
+
+import json
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 
 import torch
+from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from miniature.execute import passes
-from miniature.task import Problem
+from miniature.task import Problem, is_one_line, problems
+
+HELD_OUT = list(islice(problems("test"), 266))
 
 
 @torch.inference_mode()
@@ -53,7 +61,44 @@ def solve(
     """One program for each problem, and whether it is right when run."""
     prompts = [problem.prompt for problem in problems]
     bodies = complete(model, tokenizer, prompts, temperature, description=description)
-    return bodies, passes(problems, [prompt + body for prompt, body in zip(prompts, bodies, strict=True)])
+    programs = [prompt + body for prompt, body in zip(prompts, bodies, strict=True)]
+    return bodies, passes(programs, [problem.tests for problem in problems])
+
+
+@dataclass
+class Answers:
+    """Greedy answers to the held-out problems, and which of them are right."""
+
+    bodies: list[str]
+    verdicts: list[bool]
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Greedy pass@1, and the share of problems solved by a single `return`."""
+        in_one_line = [
+            right and is_one_line(problem.prompt + body)
+            for problem, body, right in zip(HELD_OUT, self.bodies, self.verdicts, strict=True)
+        ]
+        return {"right": sum(self.verdicts) / len(HELD_OUT), "right in one line": sum(in_one_line) / len(HELD_OUT)}
+
+
+def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> Answers:
+    """Lets a model answer the held-out problems."""
+    return Answers(*solve(model, tokenizer, HELD_OUT, description=f"{name}, held-out problems"))
+
+
+def compare(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
+    """Shows what an adapter has changed in the answers to the held-out problems; `answers.jsonl` gets all of them."""
+    with model.disable_adapter():
+        before = answer(model, tokenizer, "without adapter")
+    after = answer(model, tokenizer, "with adapter")
+    with Path(folder, "answers.jsonl").open("w") as file:
+        for row in zip(HELD_OUT, before.bodies, before.verdicts, after.bodies, after.verdicts, strict=True):
+            problem, *values = row
+            names = ("before", "before passes", "after", "after passes")
+            file.write(json.dumps({"prompt": problem.prompt, **dict(zip(names, values, strict=True))}) + "\n")
+    rates = f"{before.rates['right']:.1%} without the adapter, {after.rates['right']:.1%} with it"
+    print(f"Greedy pass@1 on {len(HELD_OUT)} held-out problems: {rates}. The programs are in {folder}/answers.jsonl.")
 
 
 def pass_at(

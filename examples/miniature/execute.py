@@ -13,6 +13,7 @@ that programs are not given. On Windows, which has neither fork nor limits, each
 its time is limited.
 """
 
+import ast
 import json
 import os
 import secrets
@@ -21,8 +22,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-from miniature.task import INPUTS, Problem
-
 _RUNNER = Path(__file__).with_name("runner.py")
 _CPU_SECONDS = 1
 _WALL_SECONDS = 3
@@ -30,24 +29,62 @@ _BYTES = 256 << 20
 _PROGRAMS_PER_CHILD = 256 if hasattr(os, "fork") else 1
 
 
-def passes(problems: list[Problem], programs: list[str]) -> list[bool]:
-    """Whether each program solves its problem: defines the function and returns the right integer for every input.
+_Task = tuple[str, tuple[str, ...]]
+"""A program and the calls whose values are asked for."""
+
+
+def passes(programs: list[str], tests: list[list[str]]) -> list[bool]:
+    """Whether each program passes its tests: every call returns the right value, of the right type.
 
     Args:
-        problems: The problems.
-        programs: One complete program for each, prompt included.
+        programs: Complete programs, prompt included.
+        tests: For each program its tests, as `calls_and_values` reads them. Values are compared as JSON.
+
+    Raises:
+        ValueError: If the tests of a program cannot be read.
     """
-    tasks = [(problem.name, program) for problem, program in zip(problems, programs, strict=True)]
+    tasks, expected = [], []
+    for program, asserts in zip(programs, tests, strict=True):
+        calls, values = calls_and_values(asserts)
+        tasks.append((program, calls))
+        expected.append(json.dumps(values))
     reports = _run_all(tasks)
-    return [
-        reports[task] == json.dumps([problem.answer(x) for x in INPUTS])
-        for problem, task in zip(problems, tasks, strict=True)
-    ]
+    return [reports[task] == values for task, values in zip(tasks, expected, strict=True)]
 
 
-def _run_all(tasks: list[tuple[str, str]]) -> dict[tuple[str, str], str | None]:
-    """The report on each task, a function's name and a program; repeated ones are run once."""
-    reports: dict[tuple[str, str], str | None] = {}
+def calls_and_values(tests: list[str]) -> tuple[tuple[str, ...], tuple[object, ...]]:
+    """What tests such as `assert total(3) == 12` call, which a program's process is told, and what must come back.
+
+    Args:
+        tests: At least one test. The value is a literal that JSON can write.
+
+    Raises:
+        ValueError: If there is no test, which every program would pass, or one does not read like that; it is quoted.
+    """
+    if not tests:
+        raise ValueError("A program needs at least one test, such as 'assert total(3) == 12'; found none.")
+    calls, values = zip(*map(_call_and_value, tests), strict=True)
+    return calls, values
+
+
+def _call_and_value(test: str) -> tuple[str, object]:
+    try:
+        match ast.parse(test).body:
+            case [ast.Assert(test=ast.Compare(left=call, ops=[ast.Eq()], comparators=[literal]))]:
+                value = ast.literal_eval(literal)
+                json.dumps(value)
+                return ast.unparse(call), value
+            case _:
+                raise ValueError("not a single comparison")
+    except (SyntaxError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"A test must read 'assert call == value' with a literal that JSON can write, got {test!r} ({error})."
+        ) from error
+
+
+def _run_all(tasks: list[_Task]) -> dict[_Task, str | None]:
+    """The report on each task; repeated ones are run once."""
+    reports: dict[_Task, str | None] = {}
     pending = list(dict.fromkeys(tasks))
     while pending:
         batch = pending[:_PROGRAMS_PER_CHILD]
@@ -59,12 +96,11 @@ def _run_all(tasks: list[tuple[str, str]]) -> dict[tuple[str, str], str | None]:
     return reports
 
 
-def _run_batch(batch: list[tuple[str, str]]) -> list[str]:
+def _run_batch(batch: list[_Task]) -> list[str]:
     """What one child reports on its programs, in order; fewer reports than programs if the child did not survive."""
     token = secrets.token_hex(16)
     order = {
         "token": token,
-        "inputs": INPUTS,
         "cpu_seconds": _CPU_SECONDS,
         "wall_seconds": _WALL_SECONDS,
         "bytes": _BYTES,

@@ -18,10 +18,9 @@ from transformers import PreTrainedTokenizerBase, Qwen3_5ForCausalLM, Qwen3_5Tex
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started as a script, the package is not on the path
 
-from miniature.evaluate import pass_at
-from miniature.task import build_tokenizer, corpus, problems
-
-MODEL_FOLDER = Path(__file__).resolve().parents[1] / "models" / "tiny-qwen3.5"
+from miniature.base import FOLDER
+from miniature.evaluate import HELD_OUT, pass_at
+from miniature.task import build_tokenizer, corpus
 
 
 def build_model(tokenizer: PreTrainedTokenizerBase) -> Qwen3_5ForCausalLM:
@@ -101,7 +100,7 @@ def train(
 def main() -> None:
     """Trains, saves and measures the model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=MODEL_FOLDER, help="folder to write")
+    parser.add_argument("--output", type=Path, default=FOLDER, help="folder to write")
     parser.add_argument("--steps", type=int, default=1000, help="batches of 64 functions")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="the highest")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights and the corpus")
@@ -120,9 +119,8 @@ def main() -> None:
     print(f"{arguments.output}: {size / 1e6:.2f} MB")
 
     model.float()  # the stored weights, in a precision that a CPU is fast at
-    held_out = list(islice(problems("test"), 266))
     for k in (1, 16):
-        print(f"pass@{k}: {pass_at(k, model, tokenizer, held_out, f'pass@{k}'):.1%}")
+        print(f"pass@{k}: {pass_at(k, model, tokenizer, HELD_OUT, f'pass@{k}'):.1%}")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,11 @@
 
 Started as `python -I runner.py`. It reads one JSON object from standard input,
 
-    {"token": ..., "inputs": [...], "cpu_seconds": ..., "wall_seconds": ..., "bytes": ..., "programs": [[name, source]]}
+    {"token": ..., "cpu_seconds": ..., "wall_seconds": ..., "bytes": ..., "programs": [[source, calls], ...]}
 
 and writes one JSON line for each program, in order, to standard output: `[token, report]`. The report is the JSON text
-of the list of values that the function called `name` returned, or something else if the program failed. Which values
-are right is never known here.
+of the list of values of the program's `calls`, expressions such as `total(3)`, or something else if the program failed.
+Which values are right is never known here.
 
 This withstands the clumsy mistakes of a small model. It is NOT a sandbox: see `execute`.
 """
@@ -28,12 +28,12 @@ _LONGEST_REPORT = 1 << 16
 _NOBODY = 65534
 
 
-def _report(name: str, source: str, inputs: list[int]) -> str:
+def _report(source: str, calls: list[str]) -> str:
     """Runs a program in this very process."""
     namespace: dict = {"__name__": "program"}
     try:
         exec(compile(source, "program", "exec"), namespace)
-        return json.dumps([namespace[name](x) for x in inputs])
+        return json.dumps([eval(call, namespace) for call in calls])
     except BaseException as error:  # SystemExit and KeyboardInterrupt too: whatever a program raises is its own failure
         return type(error).__name__
 
@@ -65,7 +65,7 @@ def _confine(pipe: int, order: dict) -> None:
     _limit("RLIMIT_NPROC", 0)
 
 
-def _report_of_fork(name: str, source: str, order: dict) -> str:
+def _report_of_fork(source: str, calls: list[str], order: dict) -> str:
     """Runs a program in a fork of this process and kills whatever is left of it when it has reported or is late."""
     reader, writer = os.pipe()
     child = os.fork()
@@ -73,7 +73,7 @@ def _report_of_fork(name: str, source: str, order: dict) -> str:
         try:
             _confine(writer, order)
             order["token"] = None
-            os.write(3, _report(name, source, order["inputs"]).encode())
+            os.write(3, _report(source, calls).encode())
         finally:  # a program may have closed the pipe; in no case may its process go on as if it were the runner
             os._exit(0)
     os.close(writer)
@@ -96,9 +96,9 @@ def _report_of_fork(name: str, source: str, order: dict) -> str:
 def main() -> None:
     """Reads the order, runs the programs, writes the reports."""
     order = json.load(sys.stdin)
-    for name, source in order["programs"]:
+    for source, calls in order["programs"]:
         forks = hasattr(os, "fork")
-        report = _report_of_fork(name, source, order) if forks else _report(name, source, order["inputs"])
+        report = _report_of_fork(source, calls, order) if forks else _report(source, calls)
         # The line break first: where there is no fork, a program's own output may stand before it.
         sys.__stdout__.write("\n" + json.dumps([order["token"], report]) + "\n")
         sys.__stdout__.flush()

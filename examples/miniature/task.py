@@ -82,6 +82,11 @@ class Problem:
         return x
 
     @property
+    def tests(self) -> list[str]:
+        """What a right solution satisfies: `assert total(3) == 144`, for each of the inputs."""
+        return [f"assert {self.name}({x}) == {self.answer(x)}" for x in INPUTS]
+
+    @property
     def split(self) -> str:
         """Which of "test", "train" and "corpus" the recipe belongs to, whatever the function is called.
 
