@@ -70,8 +70,8 @@ class S0Config(PeftConfig):
         normalize (`bool`):
             Divide each layer's state by its Frobenius norm before scaling.
         l2_lambda (`float`):
-            Weight of the penalty `l2_lambda * sum ||S||^2`, whose gradient is added once per optimiser step. It does
-            not show in the loss that a trainer reports.
+            Weight of the penalty `l2_lambda * sum ||S||^2`, whose gradient is added once per optimiser step, before
+            gradients are clipped. It does not show in the loss that a trainer reports; `S0Callback` logs it.
         variant (`str`):
             `"initial"`: the state enters once, before the first token.
         rank (`int`, *optional*):

@@ -19,6 +19,7 @@ from accelerate.utils import DistributedType
 from architectures import Architecture
 from conftest import Tuned, tune
 from peft import PeftModel, get_peft_model
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 from trainers import ARGUMENTS, copies, states, token_rows, weights
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
@@ -40,6 +41,10 @@ def penalised(architecture: Architecture, **config: object) -> tuple[Tuned, Tune
     with_penalty = tune(architecture, l2_lambda=LAMBDA, **config)
     without = tune(architecture, l2_lambda=0.0, **config)
     return with_penalty, without
+
+
+def initial_states(model: nn.Module) -> list[InitialState]:
+    return [module for module in model.modules() if isinstance(module, InitialState)]
 
 
 def difference(with_penalty: Tuned, without: Tuned) -> list[torch.Tensor]:
@@ -119,8 +124,8 @@ def test_penalty_on_compiled_states(architecture: Architecture) -> None:
     pair = penalised(architecture)
     pair[0].model = copy.deepcopy(pair[0].model).train()
     ids = pair[0].ids(2, 9)
-    for layer in pair[0].model.base_model.tuner_layers():
-        layer.s0_state["default"].compile(backend="eager", fullgraph=True)
+    for state in initial_states(pair[0].model):
+        state.compile(backend="eager", fullgraph=True)
     for tuned in pair:
         step_of(tuned, ids)
     for weight, found in zip(weights(pair[0].model), difference(*pair), strict=True):
@@ -129,7 +134,7 @@ def test_penalty_on_compiled_states(architecture: Architecture) -> None:
 
 def test_no_penalty_through_values_that_are_not_the_parameters(architecture: Architecture) -> None:
     """As in the replicas of `DataParallel`, from each of which a gradient comes to the one parameter."""
-    state = next(tune(architecture, l2_lambda=LAMBDA).model.base_model.tuner_layers()).s0_state["default"]
+    state = initial_states(tune(architecture, l2_lambda=LAMBDA).model)[0]
     weight = state.weight.detach().requires_grad_()
     for value, expected in ((2 * weight, 2.0), (weight, 1 + 2 * LAMBDA * weight.detach())):
         weight.grad = None
@@ -194,6 +199,21 @@ def test_penalty_is_clipped_with_the_loss(architecture: Architecture, tmp_path: 
     assert trainer.state.log_history[0]["grad_norm"] == pytest.approx(float(norm), rel=1e-5)
     for before, after in zip(start, states(trainer), strict=True):
         torch.testing.assert_close(after, before - RATE * 2 * LAMBDA * before / norm, atol=1e-6, rtol=1e-5)
+
+
+def test_weight_decay_that_is_the_penalty(architecture: Architecture) -> None:
+    """Weight decay of 2 lambda, of an optimiser that adds it to the gradient, instead of `l2_lambda`."""
+    ids, found = torch.tensor([[5, 6, 7]]), []
+    for l2_lambda, weight_decay in ((LAMBDA, 0.0), (0.0, 2 * LAMBDA)):
+        model = only_penalised(architecture, l2_lambda)
+        optimizer = torch.optim.Adam(weights(model), 1e-2, weight_decay=weight_decay)
+        for _ in range(3):
+            model(ids).logits.sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(copies(weights(model)))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
 def test_interrupted_training_leaves_no_trace(architecture: Architecture, tmp_path: Path) -> None:
@@ -352,9 +372,8 @@ def test_fsdp2(architecture: Architecture, one_process: None, states_alone: bool
     """Its gradients are gone after each backward pass. Each state is a unit of its own, as PEFT wraps it, or not."""
     model = only_penalised(architecture)
     start = copies(weights(model))
-    for module in model.modules():
-        if states_alone and isinstance(module, InitialState):
-            fully_shard(module)
+    for state in initial_states(model) if states_alone else []:
+        fully_shard(state)
     fully_shard(model)
     model.train()
     optimizer = torch.optim.SGD(weights(model), RATE)
