@@ -12,6 +12,8 @@ Qwen3.5-4B, or tiiuae/Falcon-H1-7B-Instruct, by the paper's recipe, which is the
         --output_dir my-task
 
 `solutions.jsonl` has one {"prompt": ..., "completion": ...} a line, text or messages; it may be a dataset on the Hub.
+The loss is averaged over tokens, as trainers do; the paper averages it over solutions.
+
 A run that was stopped goes on with `--resume_from_checkpoint my-task/checkpoint-15` and otherwise the same options.
 `--help` lists them; `--config file.yaml` reads them from a file.
 """

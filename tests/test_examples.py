@@ -200,7 +200,7 @@ def history(folder: Path, quantity: str) -> list[float]:
     return [entry[quantity] for entry in log if quantity in entry]
 
 
-SFT = ("--max_steps", "10", "--learning_rate", "1e-2", "--save_steps", "4")
+SFT = ("--max_steps", "7", "--learning_rate", "2e-2", "--save_steps", "2", "--save_total_limit", "9")
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +221,7 @@ def sft_run(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, s
 def test_sft(sft_run: tuple[Path, str]) -> None:
     check_tiny(*sft_run)
     losses = history(sft_run[0], "loss")
-    assert len(losses) == 10
+    assert len(losses) == 7
     assert losses[-1] < 0.8 * losses[0]
 
 
@@ -235,7 +235,7 @@ def test_what_sft_pushes(sft_run: tuple[Path, str], hub: Hub) -> None:
 
 def test_sft_goes_on_where_it_was_stopped(sft_run: tuple[Path, str], tmp_path: Path) -> None:
     folder, log = tmp_path / "output", tmp_path / "log"
-    checkpoint = folder / "checkpoint-4"
+    checkpoint = folder / "checkpoint-2"
     with log.open("w") as file:
         process = subprocess.Popen(
             command("sft.py", "--output_dir", str(folder), *SFT), stdout=file, stderr=file, cwd=tmp_path
