@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -56,7 +57,13 @@ _AUTO_CLASSES = {
 }
 
 
-def update_model_card(folder: str | Path, *, repo_id: str | None = None, earlier: ModelCardData | None = None) -> None:
+def update_model_card(
+    folder: str | Path,
+    *,
+    repo_id: str | None = None,
+    metrics: Mapping[str, float | str] | None = None,
+    earlier: ModelCardData | None = None,
+) -> None:
     """Write the section on S0 into the model card of a folder of adapters, and their tags into its metadata.
 
     Saving with PEFT does this. Call it for a folder that transformers saved, or whose card a trainer wrote afterwards.
@@ -65,6 +72,8 @@ def update_model_card(folder: str | Path, *, repo_id: str | None = None, earlier
     Args:
         folder: folder that `save_pretrained` wrote: an adapter, or adapters in folders of their own.
         repo_id: the repository that the card's example loads from. `None`: the folder.
+        metrics: what these states reach, such as `{"HumanEval pass@1": "72.2 %"}`. The next save leaves them out again,
+            for its states may be others.
         earlier: metadata whose tags and base model are to be kept; saving with PEFT puts its own in their place.
 
     Raises:
@@ -77,7 +86,7 @@ def update_model_card(folder: str | Path, *, repo_id: str | None = None, earlier
     file = folder / CARD_NAME
     card = ModelCard.load(file) if file.exists() else ModelCard("---\nlibrary_name: peft\n---\n")
     _update_metadata(cast(ModelCardData, card.data), adapters[0].base, earlier or ModelCardData())
-    card.text = _place(_describe(adapters, folder.resolve().name, repo_id), card.text)
+    card.text = _place(_describe(adapters, folder.resolve().name, repo_id, metrics or {}), card.text)
     card.save(file)
 
 
@@ -174,7 +183,7 @@ def _update_metadata(data: ModelCardData, base: str | None, earlier: ModelCardDa
     data.tags = list(dict.fromkeys(tags))
 
 
-def _describe(adapters: list[_Adapter], folder: str, repo_id: str | None) -> str:
+def _describe(adapters: list[_Adapter], folder: str, repo_id: str | None, metrics: Mapping[str, float | str]) -> str:
     """The section on S0; the first adapter's base model stands for all."""
     first = adapters[0]
     known = _hub_id(first.base)
@@ -196,7 +205,7 @@ def _describe(adapters: list[_Adapter], folder: str, repo_id: str | None) -> str
         base_source=known or "path/to/the/base/model",
         model_class=model_class,
         loading="\n".join(loading) + ("" if repo_id else "  # this folder, or the name of its repository"),
-        table=_table(adapters),
+        table=_table(adapters) + (f"\n\n{_rows([('metric', 'value'), *metrics.items()])}" if metrics else ""),
     )
 
 
@@ -213,8 +222,13 @@ def _table(adapters: list[_Adapter]) -> str:
         columns["layers"] = [str(adapter.layers) for adapter in adapters]
         columns["parameters"] = [f"{adapter.parameters:,}" for adapter in adapters]
         columns["file"] = [_shown_size(adapter.size or 0) for adapter in adapters]
-    rows = [list(columns), ["---"] * len(columns), *zip(*columns.values(), strict=True)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return _rows([tuple(columns), *zip(*columns.values(), strict=True)])
+
+
+def _rows(rows: list[tuple[Any, ...]]) -> str:
+    """A Markdown table, the first row its header."""
+    cells = [[cell if isinstance(cell, str) else _shown(cell) for cell in row] for row in rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (cells[0], ["---"] * len(cells[0]), *cells[1:]))
 
 
 def _shown(value: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ def push_to_hub(
     model: Any,
     repo_id: str,
     *,
+    metrics: Mapping[str, float | str] | None = None,
     commit_message: str = "Upload S0 adapter",
     private: bool | None = None,
     token: str | bool | None = None,
@@ -31,6 +33,7 @@ def push_to_hub(
     Args:
         model: the adapted model, a `PeftModel` or a transformers model.
         repo_id: the repository; it is made if it does not exist.
+        metrics: what these states reach, for the card, such as `{"HumanEval pass@1": "72.2 %"}`.
         commit_message: message of the commit.
         private: whether a new repository is private. `None`: the default of its owner.
         token: token for the Hub. `None`: the stored one.
@@ -58,7 +61,7 @@ def push_to_hub(
         else:
             earlier = ModelCard.load(card).data
         model.save_pretrained(folder)
-        update_model_card(folder, repo_id=repo_id, earlier=earlier)
+        update_model_card(folder, repo_id=repo_id, metrics=metrics, earlier=earlier)
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,

@@ -105,6 +105,17 @@ def test_saving_again_changes_nothing_but_the_section(model: PeftModel, tmp_path
     assert 'from_pretrained(model, "me/my-task")\n' in card_of(tmp_path).text
 
 
+def test_metrics_where_they_are_known(model: PeftModel, tmp_path: Path) -> None:
+    """They are those of the states that were saved, so a later save does not go on claiming them."""
+    model.save_pretrained(tmp_path)
+    without = card_of(tmp_path).text
+    update_model_card(tmp_path, metrics={"HumanEval pass@1": "72.2 %", "loss": 0.3125})
+    text = card_of(tmp_path).text
+    assert "\n| metric | value |\n| --- | --- |\n| HumanEval pass@1 | 72.2 % |\n| loss | 0.3125 |\n" in text
+    model.save_pretrained(tmp_path)
+    assert card_of(tmp_path).text == without
+
+
 def test_a_card_that_was_there_before(model: PeftModel, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("---\nlanguage: en\n---\n# Mine\n\nWords.\n")
     model.save_pretrained(tmp_path)
