@@ -152,17 +152,17 @@ def _before_backbone(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     if compiling:
         refuse_boundaries(positions)
     if told:
-        _check_couriers(backbone, packing, len(layers))
+        _check_couriers(backbone, packing, told.get("attention_mask"), len(layers))
         says.told = told
         return None
     return (args, {**kwargs, **packing}) if packing else None
 
 
-def _check_couriers(backbone: nn.Module, packing: dict[str, Any], layers: int) -> None:
+def _check_couriers(backbone: nn.Module, packing: dict[str, Any], mask: Tensor | None, layers: int) -> None:
     """Refuse what some of the mixers would not be told.
 
     Raises:
-        ValueError: where a document would run into the next without anybody noticing.
+        ValueError: where a document would run into the next, or pads into a row, without anybody noticing.
     """
     name, mixers = type(backbone).__name__, [m for m in backbone.modules() if find_mixer(type(m)) is not None]
     if packing and layers < len(mixers):
@@ -171,6 +171,12 @@ def _check_couriers(backbone: nn.Module, packing: dict[str, Any], layers: int) -
             f"it tunes, here {layers} of {len(mixers)}; in the others the state would run from one document into the "
             "next, also without S0. Tune all of them, or pad the rows instead of packing them (in TRL: packing=False, "
             "padding_free=False)."
+        )
+    if mask is not None and layers < len(mixers) and bool(((mask[:, :-1] == 0) & (mask[:, 1:] != 0)).any()):
+        raise ValueError(
+            f"{name} does not show its recurrent layers the pads in front of a row. S0 shows them to those that it "
+            f"tunes, here {layers} of {len(mixers)}; the others would take them for tokens, also without S0. Tune all "
+            "of them, or pass rows of the same length."
         )
     for block in backbone.modules():
         # Up to transformers 5.22 a layer that is run again runs its hooks again, when nothing is said any more.
@@ -198,20 +204,17 @@ def _before_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 def _before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     layer = layer_of(mixer)
-    declaration = layer.declaration
+    declaration, courier, unchanged = layer.declaration, layer.declaration.courier, None
+    if args and (layer.participates or courier is not None or layer.routing.rows is not None):
+        kwargs = {**dict(zip(parameter_names(type(mixer)), args, strict=False)), **kwargs}
+    if courier is not None and isinstance(kwargs.get(courier.argument), Carried):
+        carried = cast(Carried, kwargs[courier.argument])
+        unchanged = (), {**kwargs, courier.argument: carried.value}
+        kwargs = {**kwargs, courier.argument: carried.value, **carried.told}
     if not layer.participates:
         if layer.routing.rows is not None:
-            layer.routing.rows.check((args[0] if args else kwargs[declaration.input_argument]).shape[0])
-        return None
-    if args:
-        kwargs = {**dict(zip(parameter_names(type(mixer)), args, strict=False)), **kwargs}
-    unchanged = None
-    if declaration.courier is not None:
-        name = declaration.courier.argument
-        carried = kwargs.get(name)
-        if isinstance(carried, Carried):
-            unchanged = (), {**kwargs, name: carried.value}
-            kwargs = {**kwargs, name: carried.value, **carried.told}
+            layer.routing.rows.check(kwargs[declaration.input_argument].shape[0])
+        return unchanged
     cache = kwargs.get(declaration.cache_argument)
     hidden_states, mask = kwargs[declaration.input_argument], kwargs.get("attention_mask")
     batch, tokens = hidden_states.shape[:2]

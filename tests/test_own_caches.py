@@ -7,13 +7,15 @@ import dataclasses
 import pytest
 import torch
 import transformers
-from architectures import ARCHITECTURES, mixers
+from architectures import ARCHITECTURES, Architecture, mixers
 from conftest import Tuned, tune
 from test_law import in_chunks, left_pad, packed_arguments
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.models.minimax.modeling_minimax import MiniMaxCache
 from transformers.models.xlstm.modeling_xlstm import xLSTMCache
+
+from peft_s0 import S0Config
 
 ROWS = {row.name: row for row in ARCHITECTURES}
 MINIMAX, RECURRENT_GEMMA, XLSTM = (ROWS[name] for name in ("minimax", "recurrent_gemma", "xlstm"))
@@ -204,3 +206,20 @@ def test_rows_that_xlstm_runs_in_pieces() -> None:
             tuned.model(padded, **call)
     row, short = ids[1:, :5], {"attention_mask": mask[1:, -8:]}
     tuned.assert_equal(tuned.model(padded[1:, -8:], **short).logits[:, -5:], tuned.expected(row), tuned.effect(row))
+
+
+@pytest.mark.parametrize("architecture", [RECURRENT_GEMMA, XLSTM], ids=lambda row: row.name)
+def test_pads_where_only_some_layers_are_tuned(architecture: Architecture) -> None:
+    """The others take pads for tokens. Behind a row that does not matter, in front of it that is refused; also where
+    another adapter has tuned them."""
+    tuned = tune(architecture, layers_to_transform=[0])
+    tuned.model.add_adapter("second", S0Config(layers_to_transform=[1], alpha=0.7, init_weights=1.0))
+    rows = [tuned.ids(1, length, seed=length)[0] for length in (9, 4)]
+    ids, mask, positions = left_pad(rows, "right")
+    logits = tuned.model(ids, attention_mask=mask, position_ids=positions).logits
+    for i, row in enumerate(rows):
+        actual = logits[i : i + 1, : len(row)]
+        tuned.assert_equal(actual, tuned.expected(row[None]), tuned.effect(row[None]))
+    ids, mask, positions = left_pad(rows)
+    with pytest.raises(ValueError, match=r"pads in front of a row.* here 1 of \d; .* rows of the same length"):
+        tuned.model(ids, attention_mask=mask, position_ids=positions)
