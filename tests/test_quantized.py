@@ -23,8 +23,8 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from reference import with_slow_mixers
 from test_law import in_chunks, left_pad
-from test_training import tokenizer, weights
 from torch import nn
+from trainers import tokenizer, weights
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 from trl import SFTConfig, SFTTrainer
 
