@@ -356,5 +356,8 @@ def _effective_state(mixer: nn.Module, config: S0Config, stored: Tensor) -> Tens
     """What sequences start from in a mixer whose only adapter has this config and state."""
     layer = S0Layer(mixer, layer_of(mixer).declaration).eval()
     layer.update_layer("task", config, torch.device("meta"))
-    layer.state("task").weight = nn.Parameter(stored.float(), requires_grad=False)
+    state = layer.state("task")
+    state.weight = nn.Parameter(stored.float(), requires_grad=False)
+    # Its values were looked at when the file was read.
+    state.replaced = False
     return layer.effective_state("task")
