@@ -96,12 +96,17 @@ class StateBank:
 
         Raises:
             ValueError: if the name is taken or the file is refused as it would be in loading; also if it holds more
-                than states, is no safetensors file, or tunes layers that none of the model's adapters does. The bank
-                is then as it was.
+                than initial states, is no safetensors file, or tunes layers that none of the model's adapters does. The
+                bank is then as it was.
         """
         if not isinstance(name, str) or name == BASE:
             raise ValueError(f"StateBank: a task's name must be a string other than '{BASE}', got {name!r}.")
         config = load_config(model_id, **kwargs)
+        if config.variant != "initial":
+            raise ValueError(
+                f"'{model_id}' has variant='{config.variant}'. A bank holds what sequences start from, and no offsets, "
+                "which are read at every step. Load the adapter with load_adapter and tell rows by adapter_names."
+            )
         config = self._tuner._prepare_adapter_config(config, self._tuner.get_model_config(self._tuner.model))
         self._tuner._prepare_model(config, self._tuner.model)
         shapes = {}

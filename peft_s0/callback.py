@@ -33,6 +33,7 @@ class S0Callback(TrainerCallback):
     Each time the trainer logs its loss, there are added, for the adapter that is trained,
 
     - `s0/norm_mean`, `s0/norm_max`: mean and maximum over layers of the Frobenius norm of the unscaled state,
+    - `s0/offset_norm_mean`, `s0/offset_norm_max`: the same of state offsets (`variant`),
     - `s0/alpha`: the scale of the state,
     - `s0/penalty`: `l2_lambda * sum ||S||^2`, which is not in the loss that is logged.
 
@@ -107,26 +108,28 @@ class S0Callback(TrainerCallback):
 
     @torch.no_grad()
     def _values(self) -> dict[str, float]:
-        norms: dict[str, list[Tensor]] = {}
+        norms: dict[tuple[str, str], list[Tensor]] = {}
         penalties: dict[str, list[Tensor]] = {}
         alphas: dict[str, float] = {}
         for layer in self._layers:
             for name, config in layer.configs.items():
-                initial = layer.state(name)
-                if initial.weight.requires_grad:
-                    with _whole(initial) as state:
-                        norm = state.norm()
-                    norms.setdefault(name, []).append(norm)
-                    penalties.setdefault(name, []).append(config.l2_lambda * norm.square())
-                    assert config.alpha is not None, "S0Model sets alpha before it makes layers"
-                    alphas[name] = config.alpha
+                for kind, learnt in layer.learnt_tensors(name).items():
+                    if learnt.weight.requires_grad:
+                        with _whole(learnt) as state:
+                            norm = state.norm()
+                        norms.setdefault((name, kind), []).append(norm)
+                        penalties.setdefault(name, []).append(config.l2_lambda * norm.square())
+                        assert config.alpha is not None, "S0Model sets alpha before it makes layers"
+                        alphas[name] = config.alpha
         values: dict[str, float] = {}
         for name, alpha in alphas.items():
             prefix = "s0/" if len(alphas) == 1 else f"s0/{name}/"
-            of_layers = torch.stack([norm.cpu() for norm in norms[name]])
+            for kind, label in (("s0_state", "norm"), ("s0_offset", "offset_norm")):
+                if (name, kind) in norms:
+                    of_layers = torch.stack([norm.cpu() for norm in norms[name, kind]])
+                    values[f"{prefix}{label}_mean"] = float(of_layers.mean())
+                    values[f"{prefix}{label}_max"] = float(of_layers.max())
             values |= {
-                f"{prefix}norm_mean": float(of_layers.mean()),
-                f"{prefix}norm_max": float(of_layers.max()),
                 f"{prefix}alpha": alpha,
                 f"{prefix}penalty": float(torch.stack([penalty.cpu() for penalty in penalties[name]]).sum()),
             }

@@ -27,7 +27,7 @@ _SECTION = f"""\
 {_START}
 ## S0 adapter
 
-Learnt initial states of the recurrent layers of {{base}}, made by S0 tuning \
+Learnt {{learnt}} of the recurrent layers of {{base}}, made by S0 tuning \
 ([arXiv:2604.01168](https://arxiv.org/abs/2604.01168)). PEFT loads them once `peft_s0` is imported; without it, it \
 stops with `KeyError: 'S0'`.
 
@@ -47,6 +47,11 @@ model = {{model_class}}.from_pretrained("{{base_source}}", dtype="auto")
 {{table}}
 
 {_END}"""
+_LEARNT = {
+    "initial": "initial states",
+    "offset": "state offsets ([arXiv:2503.03499](https://arxiv.org/abs/2503.03499))",
+    "both": "initial states and state offsets ([arXiv:2503.03499](https://arxiv.org/abs/2503.03499))",
+}
 # What PEFT adds at the end of a card.
 _VERSIONS = "### Framework versions"
 _AUTO_CLASSES = {
@@ -138,6 +143,11 @@ class _Adapter:
         return self.config.get("base_model_name_or_path")
 
     @property
+    def variant(self) -> str:
+        """What is learnt."""
+        return str(self.config.get("variant", "initial"))
+
+    @property
     def base_class(self) -> str | None:
         """Class of the base model, if it is one of transformers' and PEFT has recorded it."""
         mapping = self.config.get("auto_mapping") or {}
@@ -163,7 +173,8 @@ def _measure(folder: Path) -> tuple[int, int, int] | tuple[()]:
         return ()
     with safe_open(file, framework="pt") as states:
         sizes = {name: math.prod(states.get_slice(name).get_shape()) for name in states.keys()}  # noqa: SIM118
-    return sum("s0_state" in name for name in sizes), sum(sizes.values()), file.stat().st_size
+    layers = {name.partition(kind)[0] for name in sizes for kind in (".s0_state.", ".s0_offset.") if kind in name}
+    return len(layers), sum(sizes.values()), file.stat().st_size
 
 
 def _hub_id(name: str | None) -> str | None:
@@ -200,7 +211,9 @@ def _describe(adapters: list[_Adapter], folder: str, repo_id: str | None, metric
             if adapter is first
             else f"model.load_adapter({arguments})"
         )
+    variants = {adapter.variant for adapter in adapters}
     return _SECTION.format(
+        learnt=_LEARNT[variants.pop() if len(variants) == 1 else "both"],
         base=f"[{known}](https://huggingface.co/{known})" if known else f"a local {first.base_class or 'model'}",
         base_source=known or "path/to/the/base/model",
         model_class=model_class,
@@ -215,6 +228,8 @@ def _table(adapters: list[_Adapter]) -> str:
         "adapter": [f"`{adapter.folder}`" if adapter.folder != "." else "default" for adapter in adapters],
         "alpha": [_shown(adapter.config.get("alpha")) for adapter in adapters],
     }
+    if any(adapter.variant != "initial" for adapter in adapters):
+        columns["variant"] = [adapter.variant for adapter in adapters]
     for name in ("train_alpha", "normalize", "rank"):
         if any(adapter.config.get(name) for adapter in adapters):
             columns[name] = [_shown(adapter.config.get(name)) for adapter in adapters]

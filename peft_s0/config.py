@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from .card import update_card_of_peft
 
-VARIANTS = ("initial",)
+VARIANTS = ("initial", "offset", "both")
 
 # What LoraConfig has and a state has no use for, and what to use here.
 _SEVERAL = "adapters of their own (target_modules or layers_to_transform), active together: their states add up"
@@ -70,10 +70,16 @@ class S0Config(PeftConfig):
         normalize (`bool`):
             Divide each layer's state by its Frobenius norm before scaling.
         l2_lambda (`float`):
-            Weight of the penalty `l2_lambda * sum ||S||^2`, whose gradient is added once per optimiser step, before
-            gradients are clipped. It does not show in the loss that a trainer reports; `S0Callback` logs it.
+            Weight of the penalty `l2_lambda * sum ||S||^2`, over states and offsets, whose gradient is added once per
+            optimiser step, before gradients are clipped. It does not show in the loss that a trainer reports;
+            `S0Callback` logs it.
         variant (`str`):
-            `"initial"`: the state enters once, before the first token.
+            `"initial"`: the state enters once, before the first token. `"offset"`: a tensor of the state's shape is
+            added to the state each time it is read, at every step, and never enters the recurrence (state-offset
+            tuning, arXiv 2503.03499); for the gated delta rule, o_t = (S_t + D) q_t, and Mamba-2. `"both"`: one of
+            each. The offset `D` is scaled as the state is: it is `alpha * dS`, or `alpha * dS / ||dS||_F` with
+            `normalize`, where `dS` is what is learnt and saved. `alpha=1.0` is the offset of that paper, which has no
+            scale. All that is said of states here goes for offsets.
         rank (`int`, *optional*):
             Learn each head's state as a product of two matrices of this rank. `None`: the full state.
 
@@ -119,8 +125,9 @@ class S0Config(PeftConfig):
     l2_lambda: float = field(
         default=5e-4, metadata={"help": "Weight of the penalty on the squared norm of the states, per optimiser step."}
     )
-    variant: Literal["initial"] = field(
-        default="initial", metadata={"help": "How the state is used: 'initial' (once, before the first token)."}
+    variant: Literal["initial", "offset", "both"] = field(
+        default="initial",
+        metadata={"help": "What is learnt: 'initial' (a state to start from), 'offset' (added at each step), 'both'."},
     )
     rank: int | None = field(
         default=None, metadata={"help": "Rank of each head's state as a product of two matrices. None: full."}

@@ -2,12 +2,13 @@
 
 Every mixer asks its cache for the state to start from and hands it to whatever kernel is in use. So where a sequence
 starts, the mixer is called with a small view in place of its cache, which answers with the learnt state. On a cache
-that already holds a state of this layer the mixer is called untouched: decoding runs the base model's own code.
+that already holds a state of this layer the mixer is called untouched: decoding runs the base model's own code. Only
+what is read from state offsets is added at every step (see `offset`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -21,7 +22,8 @@ from . import kernels, padding, taps
 from .layer import S0Layer
 from .mixers import Call, find_mixer, parameter_names
 from .mixers.views import JoinedRows, Stored, join_rows
-from .packing import PACKING_ARGUMENTS, Carried, find_boundaries, find_documents, refuse_boundaries
+from .offset import Reading
+from .packing import PACKING_ARGUMENTS, Carried, Documents, find_boundaries, find_documents, refuse_boundaries
 
 CHILD = "s0"
 # Marks on a model, its backbones, and the layers around its mixers.
@@ -53,8 +55,14 @@ def attach(mixer: nn.Module, layer: S0Layer) -> None:
         mixer.register_forward_pre_hook(_before_mixer, with_kwargs=True),
         # Always, so that a mixer that raises leaves nothing frozen behind.
         mixer.register_forward_hook(_after_mixer, with_kwargs=True, always_call=True),
-        *taps.install(mixer, layer.declaration.parts),
     ]
+    tap(mixer)
+
+
+def tap(mixer: nn.Module) -> None:
+    """Tap the parts of a mixer that its tuner layer has something to do with."""
+    layer = layer_of(mixer)
+    layer.handles.extend(taps.install(mixer, layer.parts))
 
 
 def detach(mixer: nn.Module) -> None:
@@ -62,7 +70,8 @@ def detach(mixer: nn.Module) -> None:
     layer = layer_of(mixer)
     for handle in layer.handles:
         handle.remove()
-    taps.uninstall(mixer, layer.declaration.parts)
+    readout = layer.declaration.readout
+    taps.uninstall(mixer, layer.declaration.parts + (() if readout is None else readout.parts))
     delattr(mixer, CHILD)
 
 
@@ -215,72 +224,146 @@ def _before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         if layer.routing.rows is not None:
             layer.routing.rows.check(kwargs[declaration.input_argument].shape[0])
         return unchanged
-    cache = kwargs.get(declaration.cache_argument)
+    if declaration.has_past(mixer, kwargs):
+        changed = _continue(mixer, layer, kwargs)
+    else:
+        kernels.check_device(declaration.kernels, kwargs[declaration.input_argument].device)
+        kwargs = dict(kwargs)
+        sequences = declaration.sequences(mixer, kwargs)
+        changed = _start(mixer, layer, kwargs) if sequences is None else _start_as_is(mixer, layer, kwargs, sequences)
+    return unchanged if changed is None else ((), changed)
+
+
+def _continue(mixer: nn.Module, layer: S0Layer, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """A call on a cache that holds a past: pads are frozen, and offsets are read.
+
+    Returns:
+        What the mixer is to be called with; None: what it is called with.
+    """
+    declaration = layer.declaration
+    cache: Any = kwargs.get(declaration.cache_argument)
     hidden_states, mask = kwargs[declaration.input_argument], kwargs.get("attention_mask")
     batch, tokens = hidden_states.shape[:2]
     pads = padding.pads_of(mask, tokens)
-    if declaration.has_past(mixer, kwargs):
-        if not declaration.resumes(tokens, pads, cache):
-            return unchanged
-        rows = layer.learnt(layer.start_states(batch, hidden_states.device))
-        call = Call(cache, None, padding.held_positions(pads, rows, None), rows)
+    resumes = declaration.resumes(tokens, pads, cache) and layer.starts
+    if not resumes and not layer.reads:
+        return None
+    call = Call(cache, None, None, offsets=layer.offsets(batch))
+    if resumes:
+        call.rows = layer.learnt(layer.start_states(batch, hidden_states.device))
+        call.held = padding.held_positions(pads, call.rows, None)
         if mask is not None and pads is not None:
             # Some models pass the whole sequence's mask on.
             kwargs = {**kwargs, "attention_mask": mask[:, -tokens:]}
-        return (), declaration.given(call, {**kwargs, declaration.cache_argument: _enter(mixer, layer, call)})
+    past = cache.get_conv_state(mixer.layer_idx, state_idx=0) if call.offsets else None
+    return declaration.given(call, {**kwargs, declaration.cache_argument: _enter(mixer, layer, call, past)})
 
-    kernels.check_device(declaration.kernels, hidden_states.device)
-    kwargs = dict(kwargs)
-    sequences = declaration.sequences(mixer, kwargs)
-    if sequences is not None:
-        packed = None if sequences == batch else [0] * sequences
-        states = layer.start_states(batch, hidden_states.device, packed)
-        held = None if pads is None else padding.held_positions(pads, layer.learnt(states), None)
-        call = Call(cache, states, held, arguments=kwargs)
-        kwargs[declaration.cache_argument] = _enter(mixer, layer, call)
-        return (), kwargs
 
-    documents = find_documents(kwargs, hidden_states, declaration.gap(mixer) if pads is None else None)
-    states = layer.start_states(batch, hidden_states.device, None if documents is None else documents.source)
-    learnt = layer.learnt(states) if pads is not None or tokens == 1 or declaration.reads_rows else None
-    call, added = Call(cache, states, None, learnt, arguments=kwargs), None
+def _start_as_is(mixer: nn.Module, layer: S0Layer, kwargs: dict[str, Any], sequences: int) -> dict[str, Any]:
+    """A call that starts sequences in a mixer that takes packed rows apart itself, and single tokens as they are."""
+    declaration = layer.declaration
+    hidden_states = kwargs[declaration.input_argument]
+    batch, tokens = hidden_states.shape[:2]
+    pads = padding.pads_of(kwargs.get("attention_mask"), tokens)
+    packed = None if sequences == batch else [0] * sequences
+    states = layer.start_states(batch, hidden_states.device, packed)
+    held = None if pads is None else padding.held_positions(pads, layer.learnt(states), None)
+    call = Call(kwargs.get(declaration.cache_argument), states, held, arguments=kwargs, starts=True)
+    kwargs[declaration.cache_argument] = _enter(mixer, layer, call)
+    return kwargs
+
+
+def _start(mixer: nn.Module, layer: S0Layer, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """A call that starts sequences: padded rows, packed ones, or a single token.
+
+    Returns:
+        What the mixer is to be called with; None: what it is called with.
+    """
+    declaration = layer.declaration
+    hidden_states, mask = kwargs[declaration.input_argument], kwargs.get("attention_mask")
+    batch, tokens = hidden_states.shape[:2]
+    pads = padding.pads_of(mask, tokens)
+    # In one row, documents of several adapters' offsets would not be told apart.
+    apart = pads is not None or (layer.reads and layer.routing.rows is not None)
+    documents = find_documents(kwargs, hidden_states, None if apart else declaration.gap(mixer))
+    source = None if documents is None else documents.source
+    states = layer.start_states(batch, hidden_states.device, source) if layer.starts else None
+    learnt = None
+    if states is not None and (pads is not None or tokens == 1 or declaration.reads_rows):
+        learnt = layer.learnt(states)
+    call = Call(kwargs.get(declaration.cache_argument), states, None, learnt, arguments=kwargs, starts=True)
+    call.offsets = layer.offsets(batch, source)
     if documents is not None:
-        hidden_states = documents.unpack(hidden_states)
-        added = documents.pads()
-        pads = None if pads is None else documents.unpack(pads)
-        mask = None if mask is None or mask.ndim != 2 else documents.unpack(mask[:, -tokens:])
-        for name in PACKING_ARGUMENTS:
-            kwargs.pop(name, None)
-        if documents.boundaries is not None:
-            kwargs["cu_seq_lens_q"] = documents.boundaries
-        call.restore = partial(documents.pack, batch=batch)
-        # The packed row ends where its last document ends.
-        call.kept, call.tokens = slice(-1, None), None if cache is None else documents.end()
+        _take_apart(call, kwargs, documents, declaration.input_argument)
+    elif tokens == 1 and not declaration.starts_with_one and not _some(states, learnt):
+        if not call.offsets:
+            return None
+        call.states = None
+        call.starts = call.cache is None
     elif tokens == 1 and not declaration.starts_with_one:
         assert learnt is not None
-        if not _some(states, learnt):
-            return None
-        # Single steps are made for decoding: some kernels have no backward pass, some write to the state they are
-        # given, some ignore the mask. A single first token is therefore run as two tokens, the second being a pad.
-        hidden_states = pad(hidden_states, (0, 0, 0, 1))
-        added = torch.tensor([[False, True]], device=hidden_states.device)
-        pads = None if pads is None else pad(pads, (0, 1))
-        mask = None if mask is None or mask.ndim != 2 else pad(mask[:, -1:], (0, 1))
-        call.restore = _first_token
-        call.kept, call.tokens = slice(None), slice(0, 1)
-        if not _all(layer, learnt):
-            call.cache = None if cache is None else Stored(cache)
-            call.join = partial(_run_base_rows, mixer, dict(kwargs), learnt, call.cache)
-    call.held = padding.held_positions(pads, learnt, added)
-    kwargs.update({declaration.input_argument: hidden_states, "attention_mask": mask})
+        _append_pad(mixer, layer, call, kwargs, learnt)
+    else:
+        call.held = padding.held_positions(None if states is None else pads, learnt, None)
+        # With a cache, the base model's own code; without one, some mixers take fused paths that call no parts.
+        call.starts = states is not None or call.cache is None
     kwargs[declaration.cache_argument] = _enter(mixer, layer, call)
-    return (), declaration.given(call, kwargs)
+    return declaration.given(call, kwargs)
 
 
-def _enter(mixer: nn.Module, layer: S0Layer, call: Call) -> Any:
-    layer.handles.extend(taps.install(mixer, layer.declaration.parts))
+def _take_apart(call: Call, kwargs: dict[str, Any], documents: Documents, input_argument: str) -> None:
+    """Give each document of packed rows a place where it starts from its own state."""
+    hidden_states, mask = kwargs[input_argument], kwargs.get("attention_mask")
+    batch, tokens = hidden_states.shape[:2]
+    pads = None if call.states is None else padding.pads_of(mask, tokens)
+    pads = None if pads is None else documents.unpack(pads)
+    kwargs[input_argument] = documents.unpack(hidden_states)
+    kwargs["attention_mask"] = None if mask is None or mask.ndim != 2 else documents.unpack(mask[:, -tokens:])
+    for name in PACKING_ARGUMENTS:
+        kwargs.pop(name, None)
+    if documents.boundaries is not None:
+        kwargs["cu_seq_lens_q"] = documents.boundaries
+    call.held = padding.held_positions(pads, call.rows, documents.pads())
+    call.restore = partial(documents.pack, batch=batch)
+    # The packed row ends where its last document ends.
+    call.kept, call.tokens = slice(-1, None), None if call.cache is None else documents.end()
+
+
+def _append_pad(mixer: nn.Module, layer: S0Layer, call: Call, kwargs: dict[str, Any], learnt: Tensor) -> None:
+    """Run a single first token as two, the second being a pad.
+
+    Single steps are made for decoding: some kernels have no backward pass, some write to the state they are given, some
+    ignore the mask.
+    """
+    argument = layer.declaration.input_argument
+    hidden_states, mask = kwargs[argument], kwargs.get("attention_mask")
+    pads = padding.pads_of(mask, 1)
+    if not _all(layer, learnt):
+        call.cache = None if call.cache is None else Stored(call.cache)
+        call.join = partial(_run_base_rows, mixer, dict(kwargs), learnt, call.cache, call.offsets)
+    kwargs[argument] = pad(hidden_states, (0, 0, 0, 1))
+    kwargs["attention_mask"] = None if mask is None or mask.ndim != 2 else pad(mask[:, -1:], (0, 1))
+    added = torch.tensor([[False, True]], device=hidden_states.device)
+    call.held = padding.held_positions(None if pads is None else pad(pads, (0, 1)), learnt, added)
+    call.restore = _first_token
+    call.kept, call.tokens = slice(None), slice(0, 1)
+
+
+def _enter(mixer: nn.Module, layer: S0Layer, call: Call, past: Tensor | None = None) -> Any:
+    tap(mixer)
     layer.call = call
-    return layer.declaration.enter(mixer, call)
+    entered = layer.declaration.enter(mixer, call)
+    _read_offsets(mixer, layer, call.offsets, past)
+    return entered
+
+
+def _read_offsets(
+    mixer: nn.Module, layer: S0Layer, offsets: Sequence[tuple[str, list[int] | None]], past: Tensor | None = None
+) -> None:
+    """Let the mixer's next call read offsets, until its taps are cleared."""
+    readout = layer.declaration.readout
+    if offsets and readout is not None:
+        Reading(mixer, readout, past, partial(layer.read_offsets, offsets)).engage()
 
 
 def _after_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -290,13 +373,22 @@ def _after_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         return None
     layer.call = None
     layer.declaration.leave(mixer, call)
+    if call.offsets:
+        taps.clear(mixer, layer.parts)
     if output is None:
         return None
     output = layer.declaration.returned(call, output)
     return output if call.join is None else call.join(output)
 
 
-def _run_base_rows(mixer: nn.Module, kwargs: dict[str, Any], learnt: Tensor, stored: Stored | None, output: Any) -> Any:
+def _run_base_rows(
+    mixer: nn.Module,
+    kwargs: dict[str, Any],
+    learnt: Tensor,
+    stored: Stored | None,
+    offsets: Sequence[tuple[str, list[int] | None]],
+    output: Any,
+) -> Any:
     """Give the rows without a learnt state what the base model makes of a single first token, to the last bit.
 
     The others were run as two tokens, which rounds otherwise: the products of matrices have another shape. So the mixer
@@ -307,20 +399,29 @@ def _run_base_rows(mixer: nn.Module, kwargs: dict[str, Any], learnt: Tensor, sto
         kwargs: what it was called with.
         learnt: bool [rows], the rows to leave as they are.
         stored: what these rows leave in the cache; None without a cache.
+        offsets: what is read at this token, too, also in rows without a learnt state.
         output: their output.
     """
-    argument = layer_of(mixer).declaration.cache_argument
+    layer = layer_of(mixer)
+    argument = layer.declaration.cache_argument
     if stored is not None:
         kwargs = {**kwargs, argument: JoinedRows(kwargs[argument], stored, learnt)}
-    # Not as a module: hooks of others see one call.
-    base = mixer.forward(**kwargs)
+    _read_offsets(mixer, layer, offsets)
+    try:
+        # Not as a module: hooks of others see one call.
+        base = mixer.forward(**kwargs)
+    finally:
+        if offsets:
+            taps.clear(mixer, layer.parts)
     if isinstance(output, tuple):
         return (join_rows(learnt, output[0], base[0]), *output[1:])
     return join_rows(learnt, output, base)
 
 
-def _some(states: Tensor, learnt: Tensor) -> bool:
+def _some(states: Tensor | None, learnt: Tensor | None) -> bool:
     """Whether any row starts from a learnt state. If none does, a single first token runs the base model's own code."""
+    if states is None or learnt is None:
+        return False
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and states.requires_grad):
         return True
     return bool(learnt.any())
@@ -332,7 +433,7 @@ def _all(layer: S0Layer, learnt: Tensor) -> bool:
     if rows is None and layer.row_slots is None:
         return True
     if torch.compiler.is_compiling():
-        return layer.row_slots is None and rows is not None and all(name in layer.configs for name in rows.different)
+        return layer.row_slots is None and rows is not None and all(name in layer.s0_state for name in rows.different)
     return bool(learnt.all())
 
 

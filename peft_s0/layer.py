@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -105,8 +106,11 @@ class InitialState(Float32Module):
         # Whether the parameter was seen as a shard (FSDP2); a forward pass sees it whole.
         self.sharded = False
 
-    def forward(self) -> Tensor:
+    def forward(self, use: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """The state [heads, ...] in float32, unscaled; never the parameter itself, whose memory FSDP takes back.
+
+        Args:
+            use: what is made of the state while its memory is there; None: a copy.
 
         Raises:
             RuntimeError: if the state is for inference and was never loaded.
@@ -116,6 +120,8 @@ class InitialState(Float32Module):
         if torch.is_grad_enabled():
             check_engine(self)
             penalize(self)
+        if use is not None:
+            return use(self.compose(self.weight))
         return self.compose(self.weight) if self.rank is not None else self.weight.clone()
 
     def train(self, mode: bool = True) -> InitialState:
@@ -193,6 +199,10 @@ class InitialState(Float32Module):
         return f"shape={list(self.shape)}" + ("" if self.rank is None else f", rank={self.rank}")
 
 
+class StateOffset(InitialState):
+    """One adapter's state offset of one mixer: kept as a state is, but read at every step (see `offset`)."""
+
+
 class S0Layer(nn.Module, BaseTunerLayer):
     """The tuner layer of one recurrent mixer. It is the mixer's child `s0`; the mixer itself stays as it is.
 
@@ -201,7 +211,7 @@ class S0Layer(nn.Module, BaseTunerLayer):
         declaration: what is known of the mixer's class.
     """
 
-    adapter_layer_names = ("s0_state",)
+    adapter_layer_names = ("s0_state", "s0_offset")
     other_param_names = ("configs",)
     # peft.helpers.disable_input_dtype_casting sets it on every tuner layer; states are cast nowhere.
     cast_input_dtype_enabled = True
@@ -211,6 +221,7 @@ class S0Layer(nn.Module, BaseTunerLayer):
         self.declaration = declaration
         self.state_shape = tuple(int(size) for size in declaration.state_shape(mixer))
         self.s0_state = nn.ModuleDict()
+        self.s0_offset = nn.ModuleDict()
         self.configs: dict[str, S0Config] = {}
         # The model's own, once S0Model has put it here.
         self.routing = Routing()
@@ -242,24 +253,57 @@ class S0Layer(nn.Module, BaseTunerLayer):
             cast: whether trainers cast what they train.
         """
         self.configs[adapter_name] = config
-        self.s0_state[adapter_name] = InitialState(self.state_shape, config, device, cast)
-        self.s0_state[adapter_name].train(self.training)
+        if config.variant != "offset":
+            self.s0_state[adapter_name] = InitialState(self.state_shape, config, device, cast).train(self.training)
+        if config.variant != "initial":
+            self.s0_offset[adapter_name] = StateOffset(self.state_shape, config, device, cast).train(self.training)
         self.set_adapter(self.active_adapters)
 
     def state(self, adapter_name: str) -> InitialState:
         """The module that holds an adapter's state."""
         return cast(InitialState, self.s0_state[adapter_name])
 
+    def learnt_tensors(self, adapter_name: str) -> dict[str, InitialState]:
+        """The modules that hold what an adapter has learnt here, by what it is: `s0_state`, `s0_offset`."""
+        found = {kind: getattr(self, kind) for kind in self.adapter_layer_names}
+        return {kind: held[adapter_name] for kind, held in found.items() if adapter_name in held}
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Attributes of the mixer that are tapped. What only offsets need is left alone without them."""
+        readout = self.declaration.readout
+        return self.declaration.parts + (() if readout is None or not self.s0_offset else readout.parts)
+
     @property
     def participates(self) -> bool:
-        """Whether any row of the next call may start from a learnt state."""
+        """Whether any row of the next call may start from a learnt state or read an offset."""
         if self._disable_adapters:
             return False
         if self.row_slots is not None:
             return self.row_slots.shape[0] > 0
+        return any(name in self.configs for name in self._called)
+
+    @property
+    def starts(self) -> bool:
+        """Whether any row of a call that this layer participates in may start from a learnt state."""
+        configs = self.configs
+        return self.row_slots is not None or any(
+            name in configs and configs[name].variant != "offset" for name in self._called
+        )
+
+    @property
+    def reads(self) -> bool:
+        """Whether any row of a call that this layer participates in reads an offset."""
+        configs = self.configs
+        return self.row_slots is None and any(
+            name in configs and configs[name].variant != "initial" for name in self._called
+        )
+
+    @property
+    def _called(self) -> Sequence[str]:
+        """The adapters of the next call, some of which may have nothing in this layer."""
         rows = self.routing.rows
-        names = self._active_adapter if rows is None else rows.different
-        return any(name in self.configs for name in names)
+        return self._active_adapter if rows is None else rows.different
 
     def effective_state(self, adapter_name: str) -> Tensor:
         """The state that an adapter's sequences start from.
@@ -271,6 +315,56 @@ class S0Layer(nn.Module, BaseTunerLayer):
         """
         state, factor = self._scaled(adapter_name)
         return state * factor
+
+    def effective_offset(self, adapter_name: str) -> Tensor:
+        """What an adapter adds to the state where it is read: [heads, ...] in float32, scaled as its state is."""
+        return self._read(adapter_name, lambda offset: offset.clone())
+
+    def offsets(self, batch: int, documents: Sequence[int] | None = None) -> list[tuple[str, list[int] | None]]:
+        """The adapters whose offsets are read in a call that this layer participates in.
+
+        Args:
+            batch: number of rows.
+            documents: for packed rows, the row of each document.
+
+        Returns:
+            Their names, each with the rows or documents that read the offset; None: all of them.
+
+        Raises:
+            ValueError: if the `adapter_names` that were passed are not one for each row.
+        """
+        if not self.reads:
+            return []
+        names = [name for name in self._called if name in self.s0_offset]
+        rows = self.routing.rows
+        if rows is None:
+            return [(name, None) for name in names]
+        of = rows.of(batch, documents)
+        return [(name, [i for i, other in enumerate(of) if other == name]) for name in names]
+
+    def read_offsets(
+        self,
+        offsets: Sequence[tuple[str, list[int] | None]],
+        query: Tensor,
+        product: Callable[[Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """What is read from offsets: the sum over all adapters.
+
+        Args:
+            offsets: see `offsets`; at least one.
+            query: what is read with, [rows, ...].
+            product: from that and an offset [heads, ...] to what is read, [rows, ...]; linear in the offset.
+        """
+        total: Tensor | None = None
+        for name, rows in offsets:
+            read = self._read(name, partial(product, query if rows is None else query[rows]))
+            if rows is not None:
+                total = read.new_zeros(query.shape[0], *read.shape[1:]) if total is None else total
+                total[rows] = read
+            else:
+                total = read if total is None else total + read
+        assert total is not None, "there is an offset to be read"
+        return total
 
     def start_states(self, batch: int, device: torch.device, documents: Sequence[int] | None = None) -> Tensor:
         """What each sequence of a batch starts from.
@@ -291,14 +385,14 @@ class S0Layer(nn.Module, BaseTunerLayer):
             return states if documents is None else states[torch.tensor(documents, device=device)]
         rows = self.routing.rows
         if rows is None:
-            active = [name for name in self._active_adapter if name in self.configs]
+            active = [name for name in self._active_adapter if name in self.s0_state]
             state = self.effective_state(active[0])
             for name in active[1:]:
                 state = state + self.effective_state(name)
             count = batch if documents is None else len(documents)
             return state.to(device).expand(count, *state.shape).contiguous()
         names = rows.of(batch, documents)
-        scaled = {name: self._scaled(name) for name in rows.different if name in self.configs}
+        scaled = {name: self._scaled(name) for name in rows.different if name in self.s0_state}
         zero = torch.zeros((), dtype=torch.float32, device=device).expand(self.state_shape)
         found = {name: state.to(device) for name, (state, _) in scaled.items()}
         # Gathered first and scaled then, so that the number of adapters does not count.
@@ -320,7 +414,8 @@ class S0Layer(nn.Module, BaseTunerLayer):
             ValueError: if one has values that are NaN or infinite.
         """
         for name in self.configs:
-            self.state(name).check_loaded()
+            for learnt in self.learnt_tensors(name).values():
+                learnt.check_loaded()
         return super().requires_grad_(requires_grad)
 
     def learnt(self, states: Tensor) -> Tensor:
@@ -340,9 +435,22 @@ class S0Layer(nn.Module, BaseTunerLayer):
 
     def _scaled(self, adapter_name: str) -> tuple[Tensor, float]:
         """An adapter's state and the factor that it is still to be multiplied by."""
+        return self._scale(adapter_name, self.state(adapter_name)())
+
+    def _read(self, adapter_name: str, product: Callable[[Tensor], Tensor]) -> Tensor:
+        """A linear function of an adapter's scaled offset; the offset is nowhere copied where it need not be."""
+
+        def read(offset: Tensor) -> Tensor:
+            offset, factor = self._scale(adapter_name, offset)
+            return product(offset) * factor
+
+        result: Tensor = self.s0_offset[adapter_name](read)
+        return result
+
+    def _scale(self, adapter_name: str, state: Tensor) -> tuple[Tensor, float]:
+        """A state or an offset of an adapter, and the factor that it is still to be multiplied by."""
         config = self.configs[adapter_name]
         assert config.alpha is not None, "S0Model sets alpha before it makes layers"
-        state: Tensor = self.state(adapter_name)()
         if self.training and config.train_alpha is not None:
             return state, config.train_alpha
         if config.normalize:
@@ -353,8 +461,9 @@ class S0Layer(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # There is no base layer to read a device from; a state is moved to the hidden states' device when it is used.
-        if device is not None and adapter_name in self.s0_state:
-            self.s0_state[adapter_name].to(device)
+        if device is not None:
+            for learnt in self.learnt_tensors(adapter_name).values():
+                learnt.to(device)
 
     @property
     def weight(self) -> Tensor:

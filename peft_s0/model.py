@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from .card import tag_model, untag_model
 from .config import S0Config, load_config
-from .injection import CHILD, attach, detach, has_layer, layer_of, unwatch, watch
+from .injection import CHILD, attach, detach, has_layer, layer_of, tap, unwatch, watch
 from .layer import MERGE_ERROR, S0Layer, check_finite
 from .mixers import Mixer, find_mixer, registered_mixers
 from .mixers.refused import looks_recurrent, refused
@@ -35,7 +35,8 @@ from .naming import match_names, shared_name
 from .precision import casts_parameters
 from .rows import BASE, Routing, RowAdapters
 
-_STATE_KEY = f".{CHILD}.s0_state."
+# In the name of a learnt tensor: what stands in front of it is the mixer's name.
+_LEARNT = re.compile(rf"\.{CHILD}\.({'|'.join(S0Layer.adapter_layer_names)})\.")
 
 
 class S0Model(BaseTuner):
@@ -136,6 +137,7 @@ class S0Model(BaseTuner):
             refusal = mixers[name].refusal(module)
             if refusal is not None:
                 raise ValueError(f"S0 cannot tune '{name}' ({type(module).__name__}): {refusal}.")
+            _check_variant(peft_config, name, module, mixers[name])
             _check_rank(peft_config, name, mixers[name].state_shape(module))
         if not matched:
             raise NoMatchingPeftModuleError(
@@ -172,6 +174,7 @@ class S0Model(BaseTuner):
         if not has_layer(target):
             attach(target, S0Layer(target, declaration).train(target.training))
         layer_of(target).update_layer(adapter_name, peft_config, _device(target), casts_parameters(self.model))
+        tap(target)
 
     def inject_adapter(
         self,
@@ -185,9 +188,11 @@ class S0Model(BaseTuner):
         if state_dict is not None:
             # PEFT takes what stands in front of the prefix for the target; here that is the mixer's child, and its name
             # may be that of another class of the model.
-            names = {key: key.partition(_STATE_KEY)[0] for key in state_dict if _STATE_KEY in key}
-            own = match_names(names.values(), (name for name, _ in _mixers(model)))
-            state_dict = {f"{own[names[key]]}.s0_state.weight": state_dict[key] for key in names}
+            found = ((key, _LEARNT.search(key)) for key in state_dict)
+            names = {key: key[: match.start()] for key, match in found if match is not None}
+            own = match_names(dict.fromkeys(names.values()), (name for name, _ in _mixers(model)))
+            # A mixer that has several is the same target.
+            state_dict = {f"{own[name]}.s0_state.weight": state_dict[key] for key, name in names.items()}
         # Another tuner may have injected an adapter into the same model, and must go on reaching all layers.
         present = next(self.tuner_layers(), None)
         with self._all_or_nothing(model, adapter_name):
@@ -298,8 +303,7 @@ class S0Model(BaseTuner):
         states with it by then, those of layers on disk to files that do not hold them. They come back here.
         """
         for layer in self.tuner_layers():
-            if adapter_name in layer.configs:
-                state = layer.state(adapter_name)
+            for state in layer.learnt_tensors(adapter_name).values():
                 hook: Any = getattr(state, "_hf_hook", None)
                 if getattr(hook, "offload", False):
                     if state.loaded is not None:
@@ -318,7 +322,7 @@ class S0Model(BaseTuner):
         adapter_name: str,
         combination_type: Literal["linear"] = "linear",
     ) -> None:
-        """Make a new adapter that starts from a weighted sum of the states of others.
+        """Make a new adapter that starts from a weighted sum of the states of others, and reads one of their offsets.
 
         Args:
             adapters: names of the adapters to combine; they must cover the same layers.
@@ -352,9 +356,11 @@ class S0Model(BaseTuner):
             held = [name for name in adapters if name in layer.configs]
             if held and len(held) != len(adapters):
                 raise ValueError(f"The adapters {adapters} do not cover the same layers: one layer has only {held}.")
+        variants = {own[name].variant for name in adapters}
         # Effective states are summed and stored as they are, so alpha is 1 and nothing is normalised again.
         self.peft_config[adapter_name] = replace(
             own[adapters[0]],
+            variant=variants.pop() if len(variants) == 1 else "both",
             alpha=1.0,
             train_alpha=None,
             normalize=False,
@@ -364,11 +370,14 @@ class S0Model(BaseTuner):
         self.inject_adapter(self.model, adapter_name)
         with torch.no_grad():
             for layer in self.tuner_layers():
-                if adapter_name in layer.configs:
-                    states = [
-                        weight * layer.effective_state(name) for name, weight in zip(adapters, weights, strict=True)
+                for kind, learnt in layer.learnt_tensors(adapter_name).items():
+                    effective = layer.effective_state if kind == "s0_state" else layer.effective_offset
+                    parts = [
+                        weight * effective(name)
+                        for name, weight in zip(adapters, weights, strict=True)
+                        if kind in layer.learnt_tensors(name)
                     ]
-                    layer.state(adapter_name).load_state_dict({"weight": torch.stack(states).sum(0)})
+                    learnt.load_state_dict({"weight": torch.stack(parts).sum(0)})
 
     def hotswap_adapter(self, model_id: str | Path, adapter_name: str, **kwargs: Any) -> None:
         """Replace the states of a loaded adapter by those of a file, in place.
@@ -467,7 +476,7 @@ class S0Model(BaseTuner):
     ) -> dict[str, Tensor]:
         """Map a file's names to the model's; refuse a file that is not this adapter's before anything is written."""
         expected = (cls._remove_adapter_name_from_key(name, adapter_name) for name in _states(model, adapter_name))
-        own = match_names((name for name in state_dict if _STATE_KEY in name), expected)
+        own = match_names((name for name in state_dict if _LEARNT.search(name)), expected)
         state_dict = {own.get(name, name): value for name, value in state_dict.items()}
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
@@ -480,8 +489,9 @@ class S0Model(BaseTuner):
         vars(config).pop("awaits_states", None)
         if "disk" in getattr(model, "hf_device_map", {}).values():
             for name, layer in model.named_modules():
-                if isinstance(layer, S0Layer) and adapter_name in layer.configs:
-                    layer.state(adapter_name).loaded = remapped[f"{name}.s0_state.{adapter_name}.weight"]
+                if isinstance(layer, S0Layer):
+                    for kind, learnt in layer.learnt_tensors(adapter_name).items():
+                        learnt.loaded = remapped[f"{name}.{kind}.{adapter_name}.weight"]
         return remapped
 
     def tuner_layers(self) -> Iterator[S0Layer]:
@@ -540,6 +550,16 @@ def _check_rank(config: S0Config, name: str, shape: tuple[int, ...]) -> None:
         )
 
 
+def _check_variant(config: S0Config, name: str, mixer: nn.Module, declaration: Mixer) -> None:
+    if config.variant != "initial" and declaration.readout is None:
+        families = dict.fromkeys(mixer.family.name for mixer in registered_mixers() if mixer.readout is not None)
+        raise ValueError(
+            f"S0Config: variant='{config.variant}' needs a mixer whose state S0 can add an offset to when it is read, "
+            f"which '{name}' ({type(mixer).__name__}, {declaration.family.name}) is not. Those are mixers of "
+            f"transformers with one of the recurrences {' and '.join(families)}. Use variant='initial'."
+        )
+
+
 def _pass_adapter_names(
     routing: Routing, module: AuxiliaryTrainingWrapper, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -553,9 +573,11 @@ def _pass_adapter_names(
 
 
 def _states(model: nn.Module, adapter_name: str) -> dict[str, torch.Size]:
-    """Names and shapes of an adapter's states in a model."""
+    """Names and shapes of an adapter's states and offsets in a model."""
     return {
-        name: parameter.shape for name, parameter in model.named_parameters() if f"{_STATE_KEY}{adapter_name}." in name
+        name: parameter.shape
+        for name, parameter in model.named_parameters()
+        if (match := _LEARNT.search(name)) and name[match.end() :].startswith(f"{adapter_name}.")
     }
 
 
@@ -563,10 +585,23 @@ def _check_states(model: nn.Module, adapter_name: str, state_dict: dict[str, Ten
     """Compare a file's states with what the model expects.
 
     Raises:
-        ValueError: see `check_fit`.
+        ValueError: see `check_fit`; also if only one of them has states, or offsets.
     """
     expected = _states(model, adapter_name)
-    check_fit(expected, {name: state for name, state in state_dict.items() if "s0_state" in name})
+    found = {name: state for name, state in state_dict.items() if _LEARNT.search(name)}
+    variants = [_variant(names) for names in (expected, found)]
+    if None not in variants and variants[0] != variants[1]:
+        raise ValueError(
+            f"The states do not fit this model: they are of variant='{variants[1]}', but adapter '{adapter_name}' has "
+            f"variant='{variants[0]}'. Load them with the config that was saved with them."
+        )
+    check_fit(expected, found)
+
+
+def _variant(names: Iterable[str]) -> str | None:
+    """The variant that learnt tensors of these names are of; None if there are none."""
+    kinds = {match.group(1) for match in map(_LEARNT.search, names) if match is not None}
+    return None if not kinds else "both" if len(kinds) > 1 else "initial" if "s0_state" in kinds else "offset"
 
 
 def check_fit(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor], values: bool = True) -> None:
@@ -610,7 +645,7 @@ def _check_other_weights(model: nn.Module, adapter_name: str, state_dict: dict[s
     """
     held = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     expected, found = (
-        {name: list(weight.shape) for name, weight in weights.items() if "s0_state" not in name}
+        {name: list(weight.shape) for name, weight in weights.items() if not _LEARNT.search(name)}
         for weights in (held, state_dict)
     )
     if expected != found:
@@ -632,7 +667,7 @@ def _withdraw(model: Any, config: S0Config, adapter_name: str) -> None:
         return
     layers = [(module, layer_of(module)) for module in model.modules() if has_layer(module)]
     layers = [(mixer, layer) for mixer, layer in layers if adapter_name in layer.configs]
-    if not all(layer.state(adapter_name).untouched for _, layer in layers):
+    if not all(learnt.untouched for _, layer in layers for learnt in layer.learnt_tensors(adapter_name).values()):
         return
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     _take_away(base, adapter_name, config)

@@ -8,6 +8,7 @@ call and taken off after it, since registering hooks for each call would break `
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,6 +59,12 @@ def on_output(mixer: nn.Module, part: str, action: Action | None) -> None:
     setattr(_tapped(mixer, part), _OUTPUT, action)
 
 
+def also_on_output(mixer: nn.Module, part: str, action: Action) -> None:
+    """Like `on_output`, but before what is done with the output already."""
+    present = getattr(_tapped(mixer, part), _OUTPUT)
+    on_output(mixer, part, action if present is None else partial(_both, action, present))
+
+
 def on_input(mixer: nn.Module, part: str, action: Action | None) -> None:
     """Set what is done with a part's first input until it is set to None."""
     setattr(_tapped(mixer, part), _INPUT, action)
@@ -75,6 +82,12 @@ def clear(mixer: nn.Module, parts: tuple[str, ...]) -> None:
             for action in (_OUTPUT, _INPUT, _ARGUMENTS):
                 if vars(module).get(action) is not None:
                     setattr(module, action, None)
+
+
+def _both(first: Action, second: Action, output: Tensor) -> Tensor | None:
+    changed = first(output)
+    again = second(output if changed is None else changed)
+    return changed if again is None else again
 
 
 def _before_part(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

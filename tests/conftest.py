@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 # Before any library asks: no network in tests, and no parallelism within one (pytest-xdist runs several).
@@ -67,14 +68,26 @@ class Tuned:
 
 
 def states_of(model: nn.Module) -> dict[str, Tensor]:
-    """The effective state of each mixer, by the mixer's name in the base model."""
+    """The effective state of each mixer, by the mixer's name in the base model; zero for an adapter without states."""
     return {
-        name.removeprefix("base_model.model.").removesuffix(".s0"): layer.effective_state(
-            layer.active_adapters[0]
-        ).detach()
-        for name, layer in model.named_modules()
-        if isinstance(layer, S0Layer)
+        name: layer.effective_state(adapter).detach() if adapter in layer.s0_state else torch.zeros(layer.state_shape)
+        for name, layer, adapter in _layers(model)
     }
+
+
+def offsets_of(model: nn.Module) -> dict[str, Tensor]:
+    """The effective state offset of each mixer, by the mixer's name in the base model."""
+    return {
+        name: layer.effective_offset(adapter).detach()
+        for name, layer, adapter in _layers(model)
+        if adapter in layer.s0_offset
+    }
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, S0Layer, str]]:
+    for name, layer in model.named_modules():
+        if isinstance(layer, S0Layer):
+            yield name.removeprefix("base_model.model.").removesuffix(".s0"), layer, layer.active_adapters[0]
 
 
 def tune(architecture: Architecture, seed: int = 0, **config: object) -> Tuned:
@@ -83,7 +96,9 @@ def tune(architecture: Architecture, seed: int = 0, **config: object) -> Tuned:
     base = architecture.build(seed).requires_grad_(False)
     arguments = {"alpha": 0.7, "init_weights": 1.0, "l2_lambda": 0.0, **config}
     model = get_peft_model(architecture.build(seed), S0Config(**arguments)).eval()
-    return Tuned(architecture, base, model, with_slow_mixers(base, architecture.slow_mixer, states_of(model)))
+    return Tuned(
+        architecture, base, model, with_slow_mixers(base, architecture.slow_mixer, states_of(model), offsets_of(model))
+    )
 
 
 @pytest.fixture

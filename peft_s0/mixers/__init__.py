@@ -1,7 +1,18 @@
 """The recurrent mixers that S0 knows: one file for each recurrence, one declaration for each architecture."""
 
 from . import fla, gated_delta_rule, lightning_attention, mamba1, mamba2, mamba_ssm, mlstm, rg_lru
-from .base import Call, Courier, Family, Gate, Mixer, find_mixer, parameter_names, register_mixer, registered_mixers
+from .base import (
+    Call,
+    Courier,
+    Family,
+    Gate,
+    Mixer,
+    Readout,
+    find_mixer,
+    parameter_names,
+    register_mixer,
+    registered_mixers,
+)
 
 __all__ = [
     "Call",
@@ -9,6 +20,7 @@ __all__ = [
     "Family",
     "Gate",
     "Mixer",
+    "Readout",
     "find_mixer",
     "fla",
     "gated_delta_rule",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -63,6 +63,55 @@ class Gate:
 
 
 @dataclass(frozen=True)
+class Readout:
+    """How a mixer reads its state: o_t = S_t q_t. Where q_t comes from, and where the reading goes.
+
+    The q of all tokens are a share of a projection's output, sent through the mixer's short convolution `conv1d`. What
+    is read is the first input of a later part, as a rule the gated norm.
+
+    Args:
+        projection: attribute of the mixer that holds the projection.
+        queries: from the mixer and the projection's output [rows, tokens, features] to that share, [rows, tokens,
+            channels], as the convolution sees it.
+        channels: from the mixer to the channels of the convolution that are these.
+        groups: from the mixer to how many different q a token has; each is shared by as many heads that follow one
+            another.
+        key_first: whether the state is kept as [heads, key, value], not as [heads, value, key].
+        normalize: whether q is divided by its length and by the square root of its size.
+        output: attribute that holds the part which takes what is read.
+    """
+
+    projection: str
+    queries: Callable[[MixerModule, Tensor], Tensor]
+    channels: Callable[[MixerModule], slice]
+    groups: Callable[[MixerModule], int]
+    key_first: bool
+    normalize: bool
+    output: str
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Attributes of the mixer that are tapped."""
+        return (self.projection, self.output)
+
+    def output_of(self, mixer: MixerModule) -> str:
+        """The attribute that holds the part which takes what is read, as this mixer is configured."""
+        return self.output
+
+    def gate(self, mixer: MixerModule, projected: Tensor) -> Tensor | None:
+        """What is multiplied to the reading in front of that part.
+
+        Args:
+            mixer: the mixer.
+            projected: the projection's output [rows, tokens, features].
+
+        Returns:
+            [rows, tokens, heads * value size]; None for nothing.
+        """
+        return None
+
+
+@dataclass(frozen=True)
 class Family:
     """A recurrence: what all mixers share that compute it.
 
@@ -102,6 +151,8 @@ class Call:
         restore: brings the mixer's output back to the rows and tokens that it was called with; None: they are the same.
         arguments: what the mixer is called with at the start of a sequence.
         join: puts the rows without a learnt state into the output; None: they are right.
+        starts: whether the mixer is to be given a view of the cache, as at the start of a sequence.
+        offsets: the adapters whose offsets are read, each with the rows that read it; None: all rows.
     """
 
     cache: Any
@@ -113,6 +164,8 @@ class Call:
     restore: Callable[[Tensor], Tensor] | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
     join: Callable[[Any], Any] | None = None
+    starts: bool = False
+    offsets: Sequence[tuple[str, list[int] | None]] = ()
 
 
 @dataclass(frozen=True)
@@ -137,6 +190,7 @@ class Mixer:
             they have no backward pass, or write to the state they are given.
         reads_rows: whether `Call.rows` is to be known in every call, not only where it has pads or a single token.
         checks: whether `check` is to be asked before each call of the model.
+        readout: how the mixer reads its state; None: it takes no state offset.
     """
 
     path: str
@@ -151,6 +205,7 @@ class Mixer:
     starts_with_one: bool = False
     reads_rows: bool = False
     checks: bool = False
+    readout: Readout | None = None
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -226,7 +281,7 @@ class Mixer:
             for gate in self.gates:
                 gate.engage(mixer)
                 on_output(mixer, gate.projection, partial(gate.freeze, mixer, call.held))
-        return call.cache if call.states is None else self.start(call)
+        return self.start(call) if call.starts else call.cache
 
     def start(self, call: Call) -> SequenceStart:
         """The view of the cache at the start of a sequence."""

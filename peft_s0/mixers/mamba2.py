@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import silu
 
-from .base import Family, Gate, Mixer, MixerModule, register_mixer
+from .base import Family, Gate, Mixer, MixerModule, Readout, register_mixer
 
 FAMILY = Family("Mamba-2", alpha=0.65)
 
@@ -61,7 +62,50 @@ class TimeStepGate(Gate):
             mixer.time_step_limit = limit
 
 
-def _mamba2(path: str, gate: TimeStepGate | None = None) -> None:
+def _columns(mixer: MixerModule) -> slice:
+    """Of the input projection, the columns of C, which come last in the convolution and in front of the time step."""
+    return slice(-mixer.num_heads - mixer.n_groups * mixer.ssm_state_size, -mixer.num_heads)
+
+
+@dataclass(frozen=True)
+class InputReadout(Readout):
+    """C_t, which is q_t here, comes with all else from `in_proj`, and y_t goes to the gated norm."""
+
+    projection: str = "in_proj"
+    queries: Callable[[MixerModule, Tensor], Tensor] = lambda mixer, projected: projected[..., _columns(mixer)]
+    channels: Callable[[MixerModule], slice] = lambda mixer: slice(-mixer.n_groups * mixer.ssm_state_size, None)
+    groups: Callable[[MixerModule], int] = lambda mixer: mixer.n_groups
+    key_first: bool = False
+    normalize: bool = False
+    output: str = "norm"
+
+
+@dataclass(frozen=True)
+class MultipliedReadout(InputReadout):
+    """FalconH1's: the projection's output is multiplied by a vector, and there may be no norm, only the gate."""
+
+    queries: Callable[[MixerModule, Tensor], Tensor] = lambda mixer, projected: (
+        projected[..., _columns(mixer)] * mixer.mup_vector[..., _columns(mixer)]
+    )
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """See `Readout.parts`."""
+        return (*super().parts, "out_proj")
+
+    def output_of(self, mixer: MixerModule) -> str:
+        """See `Readout.output_of`."""
+        return "norm" if mixer.mamba_rms_norm else "out_proj"
+
+    def gate(self, mixer: MixerModule, projected: Tensor) -> Tensor | None:
+        """See `Readout.gate`."""
+        if mixer.mamba_rms_norm:
+            return None
+        size = mixer.intermediate_size
+        return silu(projected[..., :size] * mixer.mup_vector[..., :size])
+
+
+def _mamba2(path: str, gate: TimeStepGate | None = None, readout: InputReadout | None = None) -> None:
     register_mixer(
         Mixer(
             path=f"transformers.models.{path}",
@@ -70,6 +114,7 @@ def _mamba2(path: str, gate: TimeStepGate | None = None) -> None:
             gates=(gate or TimeStepGate(),),
             # They take a state for each row, not for each document of a row.
             kernels="mamba_ssm.ops.triton.ssd_combined",
+            readout=readout or InputReadout(),
         )
     )
 
@@ -79,6 +124,7 @@ _mamba2("bamba.modeling_bamba.BambaMixer")
 _mamba2(
     "falcon_h1.modeling_falcon_h1.FalconH1Mixer",
     TimeStepGate(scale=lambda mixer: mixer.mup_vector[..., -mixer.num_heads :]),
+    MultipliedReadout(),
 )
 _mamba2("granitemoehybrid.modeling_granitemoehybrid.GraniteMoeHybridMambaLayer")
 _mamba2("nemotron_h.modeling_nemotron_h.NemotronHMamba2Mixer")

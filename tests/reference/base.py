@@ -20,6 +20,7 @@ class SlowMixer(nn.Module):
     Args:
         mixer: the mixer whose weights it uses.
         state: [heads, ...], what every sequence starts from.
+        offset: [heads, ...], added to the state wherever it is read; None: nothing.
 
     Attributes:
         final: [batch, heads, ...], what the last call's sequences ended in.
@@ -27,14 +28,19 @@ class SlowMixer(nn.Module):
 
     final: Tensor
 
-    def __init__(self, mixer: nn.Module, state: Tensor) -> None:
+    def __init__(self, mixer: nn.Module, state: Tensor, offset: Tensor | None = None) -> None:
         super().__init__()
         self.mixer = mixer
         self.state = state
+        self.offset = offset
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         state = self.state.double().expand(hidden_states.shape[0], *self.state.shape)
         return self.recur(hidden_states.double(), state)
+
+    def read(self, state: Tensor) -> Tensor:
+        """What is multiplied by q_t: S_t, and the offset where the recurrence takes one."""
+        return state if self.offset is None else state + self.offset.double()
 
     def recur(self, x: Tensor, state: Tensor) -> Tensor:
         raise NotImplementedError
@@ -50,18 +56,26 @@ class SlowMixer(nn.Module):
         return out * torch.sigmoid(out)
 
 
-def with_slow_mixers(model: nn.Module, slow_mixer: type[SlowMixer], states: dict[str, Tensor]) -> nn.Module:
+def with_slow_mixers(
+    model: nn.Module,
+    slow_mixer: type[SlowMixer],
+    states: dict[str, Tensor],
+    offsets: dict[str, Tensor] | None = None,
+) -> nn.Module:
     """A float64 copy of a base model in which each named mixer is its naive twin.
 
     Args:
         model: the base model.
         slow_mixer: the twin's class.
         states: initial state of each mixer, by the mixer's name in the model.
+        offsets: state offset of each mixer, in the same way.
     """
     slow = copy.deepcopy(model).double()
     # The grouped product of experts knows no float64.
     slow.set_experts_implementation("eager")
     for name, state in states.items():
         parent, _, child = name.rpartition(".")
-        setattr(slow.get_submodule(parent), child, slow_mixer(slow.get_submodule(name), state))
+        setattr(
+            slow.get_submodule(parent), child, slow_mixer(slow.get_submodule(name), state, (offsets or {}).get(name))
+        )
     return slow

@@ -7,7 +7,7 @@ from .base import SlowMixer
 
 
 class GatedDeltaRule(SlowMixer):
-    """S_t = a_t S_{t-1} (I - b_t k_t k_t^T) + b_t v_t k_t^T, o_t = S_t q_t, with S kept as [heads, K, V]."""
+    """S_t = a_t S_{t-1} (I - b_t k_t k_t^T) + b_t v_t k_t^T, o_t = (S_t + D) q_t, S kept as [heads, K, V]."""
 
     def recur(self, x: Tensor, state: Tensor) -> Tensor:
         q, k, v, gate, log_decay, b = self.project(x)
@@ -20,7 +20,7 @@ class GatedDeltaRule(SlowMixer):
             state = log_decay[:, t].exp()[..., None] * state
             error = v[:, t] - torch.einsum("bhkv,bhk->bhv", state, k[:, t])
             state = state + torch.einsum("bhk,bhv->bhkv", k[:, t], b[:, t, :, None] * error)
-            outputs.append(torch.einsum("bhkv,bhk->bhv", state, q[:, t]))
+            outputs.append(torch.einsum("bhkv,bhk->bhv", self.read(state), q[:, t]))
         self.final = state
         out = torch.stack(outputs, dim=1)
         return self.read_out(out.reshape(-1, v.shape[-1]), gate.reshape(-1, v.shape[-1])).view(batch, tokens, -1)

@@ -7,7 +7,7 @@ from .base import SlowMixer
 
 
 class Mamba2(SlowMixer):
-    """S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T, y_t = S_t C_t + D x_t, with S kept as [heads, head_dim, state]."""
+    """S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T, y_t = (S_t + offset) C_t + D x_t, S kept as [heads, head_dim, state]."""
 
     def project(self, x: Tensor) -> Tensor:
         return self.mixer.in_proj(x)
@@ -28,7 +28,7 @@ class Mamba2(SlowMixer):
         for t in range(tokens):
             written = torch.einsum("bhp,bhn->bhpn", dt[:, t, :, None] * values[:, t], b[:, t])
             state = decay[:, t, :, None, None] * state + written
-            outputs.append(torch.einsum("bhpn,bhn->bhp", state, c[:, t]) + m.D[:, None] * values[:, t])
+            outputs.append(torch.einsum("bhpn,bhn->bhp", self.read(state), c[:, t]) + m.D[:, None] * values[:, t])
         self.final = state
         out = torch.stack(outputs, dim=1).reshape(batch, tokens, -1)
         return m.out_proj(self.gated_norm(out, gate).double())
