@@ -96,9 +96,8 @@ def tune(architecture: Architecture, seed: int = 0, **config: object) -> Tuned:
     base = architecture.build(seed).requires_grad_(False)
     arguments = {"alpha": 0.7, "init_weights": 1.0, "l2_lambda": 0.0, **config}
     model = get_peft_model(architecture.build(seed), S0Config(**arguments)).eval()
-    return Tuned(
-        architecture, base, model, with_slow_mixers(base, architecture.slow_mixer, states_of(model), offsets_of(model))
-    )
+    slow = with_slow_mixers(base, architecture.slow_mixer, states_of(model), offsets_of(model))
+    return Tuned(architecture, base, model, slow)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from architectures import ARCHITECTURES, Architecture
-from conftest import Tuned, states_of, tune
+from conftest import Tuned, offsets_of, states_of, tune
 from reference import with_slow_mixers
 from test_law import left_pad, packed_arguments
 from torch import Tensor
@@ -39,7 +39,7 @@ def gradients(tuned: Tuned, loss: Tensor) -> dict[str, Tensor]:
     loss.backward()
     found = {name: p.grad for name, p in tuned.model.named_parameters() if p.requires_grad}
     assert found
-    assert all("s0_state" in name for name in found)
+    assert all("s0_state" in name or "s0_offset" in name for name in found)
     assert all(grad is not None and bool(grad.abs().max() > 0) for grad in found.values())
     return found
 
@@ -53,14 +53,18 @@ def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor], toleran
 
 
 def reference_gradients(tuned: Tuned, rows: list[Tensor], loss=loss_of) -> dict[str, Tensor]:
-    """Gradients by the states' parameters, through the naive twin, of the rows' summed losses."""
-    states = {name: state.double().requires_grad_() for name, state in states_of(tuned.model).items()}
-    slow = with_slow_mixers(tuned.base, tuned.architecture.slow_mixer, states)
+    """Gradients by the parameters of states and offsets, through the naive twin, of the rows' summed losses."""
+    learnt = {"s0_state": states_of(tuned.model), "s0_offset": offsets_of(tuned.model)}
+    for tensors in learnt.values():
+        tensors.update({name: tensor.double().requires_grad_() for name, tensor in tensors.items()})
+    slow = with_slow_mixers(tuned.base, tuned.architecture.slow_mixer, *learnt.values())
     sum(loss(slow, row[None], use_cache=False) for row in rows).backward()
-    alpha = tuned.model.peft_config["default"].alpha
+    config = tuned.model.peft_config["default"]
     return {
-        f"base_model.model.{name}.s0.s0_state.default.weight": alpha * state.grad.float()
-        for name, state in states.items()
+        f"base_model.model.{name}.s0.{kind}.default.weight": config.alpha * tensor.grad.float()
+        for kind, tensors in learnt.items()
+        for name, tensor in tensors.items()
+        if (kind, config.variant) != ("s0_state", "offset")
     }
 
 

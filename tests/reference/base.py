@@ -75,7 +75,6 @@ def with_slow_mixers(
     slow.set_experts_implementation("eager")
     for name, state in states.items():
         parent, _, child = name.rpartition(".")
-        setattr(
-            slow.get_submodule(parent), child, slow_mixer(slow.get_submodule(name), state, (offsets or {}).get(name))
-        )
+        twin = slow_mixer(slow.get_submodule(name), state, (offsets or {}).get(name))
+        setattr(slow.get_submodule(parent), child, twin)
     return slow

@@ -7,7 +7,8 @@ from .base import SlowMixer
 
 
 class Mamba2(SlowMixer):
-    """S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T, y_t = (S_t + offset) C_t + D x_t, S kept as [heads, head_dim, state]."""
+    """S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T, y_t = S_t C_t + D x_t, with S kept as [heads, head_dim, state]; an
+    offset is added to S_t in y_t."""
 
     def project(self, x: Tensor) -> Tensor:
         return self.mixer.in_proj(x)
