@@ -26,6 +26,10 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.fixture
 def architecture(architecture: Architecture) -> Architecture:
+    return small(architecture)
+
+
+def small(architecture: Architecture) -> Architecture:
     """Two layers at most, for it is layers that take time to compile."""
 
     def config() -> object:

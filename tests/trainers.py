@@ -79,8 +79,9 @@ def mean_loss(model: nn.Module, rows: Dataset) -> float:
 
 
 def weights(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters of the states of the adapter that is trained."""
-    return [parameter for name, parameter in model.named_parameters() if "s0_state.default" in name]
+    """The parameters of the states and offsets of the adapter that is trained."""
+    kinds = ("s0_state.default", "s0_offset.default")
+    return [parameter for name, parameter in model.named_parameters() if any(kind in name for kind in kinds)]
 
 
 def copies(parameters: list[nn.Parameter]) -> list[Tensor]:

@@ -91,7 +91,7 @@ class MultipliedReadout(InputReadout):
     @property
     def parts(self) -> tuple[str, ...]:
         """See `Readout.parts`."""
-        return (*super().parts, "out_proj")
+        return (self.projection, self.output, "out_proj")
 
     def output_of(self, mixer: MixerModule) -> str:
         """See `Readout.output_of`."""
