@@ -40,7 +40,8 @@ known checkpoint shows no sizes.
 
 A state has the shape [heads, ...] as the kernel takes it. S0 at full rank has as many parameters as the states of all
 recurrent layers together, and keeps them in float32 (1 MB is 10^6 bytes). A law is one test function, run on a tiny
-model of the architecture; what a base model itself cannot do is named below.
+model of the architecture; what a base model itself cannot do is named below. Offsets: whether `variant="offset"` and
+`"both"` can be had; the laws of these are in `tests/test_offset.py`.
 
 """
 COLUMNS = (
@@ -53,6 +54,7 @@ COLUMNS = (
     "S0 parameters",
     "file",
     "alpha",
+    "offsets",
     "laws held",
 )
 
@@ -109,9 +111,10 @@ def sizes(row: Architecture) -> tuple[str, ...]:
 def cells(row: Architecture, held: str) -> tuple[str, ...]:
     """One line of the table."""
     layer = type(recurrent_layers(row, row.config())[0])
-    family = find_mixer(layer).family
-    model = row.model_class.__name__
-    return (f"`{row.name}`", model, f"{layer.__name__} ({family.name})", *sizes(row), str(family.alpha), held)
+    mixer = find_mixer(layer)
+    family, model = mixer.family, row.model_class.__name__
+    offsets = "no" if mixer.readout is None else "yes"
+    return (f"`{row.name}`", model, f"{layer.__name__} ({family.name})", *sizes(row), str(family.alpha), offsets, held)
 
 
 def table(header: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
@@ -140,7 +143,7 @@ def page(held: dict[str, str]) -> str:
     return (
         HEAD
         + table(COLUMNS, [cells(row, held[row.name]) for row in ARCHITECTURES])
-        + "\n## Layers of other packages\n\nTested in `tests/kernels`.\n\n"
+        + "\n## Layers of other packages\n\nTested in `tests/kernels`. They take no offsets.\n\n"
         + table(("layer", "recurrence", "alpha"), other_layers())
         + "\n## What base models cannot do\n\n"
         + limits()

@@ -13,7 +13,7 @@ from peft_s0 import S0Config
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"variant": "offsett"}, "variant must be one of 'initial', got 'offsett'"),
+        ({"variant": "offsett"}, "variant must be one of 'initial', 'offset', 'both', got 'offsett'"),
         ({"alpha": -0.1}, "alpha must be a finite number >= 0, got -0.1"),
         ({"alpha": math.nan}, "alpha must be a finite number"),
         ({"alpha": "0.07"}, "alpha must be a finite number >= 0, got '0.07'"),

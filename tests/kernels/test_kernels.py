@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from architectures import ARCHITECTURES, Architecture, mixers, output_projection
-from conftest import Tuned
+from conftest import Tuned, tune
 from reference import SlowMixer
 from test_gradients import assert_equal, gradients, loss_of, reference_gradients, squares_of
 from test_law import in_chunks, left_pad, packed_arguments
@@ -137,3 +137,21 @@ def test_documents_stay_in_one_row_where_the_kernels_tell_them_apart(tuned: Tune
     actual, expected = (getattr(output, tuned.architecture.cache).layers[first] for output in (packed, alone))
     for name in ("recurrent_states", "conv_states"):
         torch.testing.assert_close(getattr(actual, name)[0], getattr(expected, name)[0], atol=2e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_offsets(architecture: Architecture, kernels: Kernels, launches: Counter[str]) -> None:
+    tuned = tune(architecture, variant="both")
+    test_token_by_token_from_the_first_token(tuned, kernels, launches)
+    launches.clear()
+    test_packed_rows(tuned, kernels, launches)
+    # The base model's own first step.
+    launches.clear()
+    test_token_by_token_from_the_first_token(tune(architecture, variant="offset"), kernels, launches)
+
+
+def test_gradients_of_offsets(architecture: Architecture, kernels: Kernels, launches: Counter[str]) -> None:
+    """In training mode, where Mamba-2 has a fused path that calls no norm."""
+    tuned = tune(architecture, variant="offset")
+    tuned.model.train()
+    test_gradients_of_padded_rows(tuned, kernels, launches)
