@@ -22,7 +22,7 @@ from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig, StoppingCriteria
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parent))
-from timing import arguments, environment, interleave, ratio, report
+from timing import environment, interleave, parser, ratio, report
 
 from peft_s0 import S0Config
 
@@ -99,7 +99,7 @@ def decode(model: PeftModel, ids: torch.Tensor, names: dict[str, list[str]]) -> 
 
 def main() -> None:
     """Print the table."""
-    options = arguments("Cost of a different adapter for each row.", rounds=40)
+    options = parser("Cost of a different adapter for each row.", rounds=40).parse_args()
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     ids = torch.randint(1, 500, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
@@ -130,7 +130,7 @@ def main() -> None:
                 "quartiles": f"{low:.3f} to {high:.3f}",
             }
         )
-    report(rows, environment(), options.json)
+    report({"rows": rows}, environment(), options.json)
 
 
 if __name__ == "__main__":

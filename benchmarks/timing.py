@@ -13,7 +13,9 @@ import os
 import platform
 import random
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -50,11 +52,32 @@ def ratio(times: list[float], baseline: list[float]) -> tuple[float, float, floa
     return median, low, high
 
 
-def environment() -> dict[str, Any]:
+@contextmanager
+def clock(device: torch.device) -> Iterator[Callable[[], float]]:
+    """Times what runs inside it: the processor's time on a CPU, the wall's on an accelerator, once it is idle.
+
+    Yields:
+        A function that returns the milliseconds.
+    """
+    if device.type == "cpu":
+        now = time.process_time
+    else:
+
+        def now() -> float:
+            torch.accelerator.synchronize(device)
+            return time.perf_counter()
+
+    start, end = now(), 0.0
+    yield lambda: 1e3 * (end - start)
+    end = now()
+
+
+def environment(device: str = "cpu") -> dict[str, Any]:
     """What a figure depends on."""
     names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
         "date": date.today().isoformat(),
+        "device": device if device == "cpu" else torch.cuda.get_device_name(device),
         "cpu": names[0].partition(": ")[2] if names else platform.processor(),
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 1),
@@ -63,23 +86,25 @@ def environment() -> dict[str, Any]:
     }
 
 
-def arguments(description: str, rounds: int) -> argparse.Namespace:
-    """The command line of a benchmark."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--rounds", type=int, default=rounds, help="how many times each candidate is timed")
-    parser.add_argument("--json", type=Path, help="also write the results to this file")
-    return parser.parse_args()
+def parser(description: str, rounds: int) -> argparse.ArgumentParser:
+    """The command line of a benchmark, to which it may add its own arguments."""
+    command = argparse.ArgumentParser(description=description)
+    command.add_argument("--rounds", type=int, default=rounds, help="how many times each candidate is timed")
+    command.add_argument("--json", type=Path, help="also write the results to this file")
+    return command
 
 
-def report(rows: list[dict[str, Any]], conditions: dict[str, Any], file: Path | None) -> None:
-    """Print a Markdown table and what it was measured under, and write both to a file if one is given."""
-    print(f"| {' | '.join(rows[0])} |\n|{' --- |' * len(rows[0])}")
-    for row in rows:
-        print(f"| {' | '.join(str(value) for value in row.values())} |")
+def report(tables: dict[str, list[dict[str, Any]]], conditions: dict[str, Any], file: Path | None) -> None:
+    """Print Markdown tables and what they were measured under, and write both to a file if one is given."""
+    for rows in tables.values():
+        print(f"| {' | '.join(rows[0])} |\n|{' --- |' * len(rows[0])}")
+        for row in rows:
+            print(f"| {' | '.join(str(value) for value in row.values())} |")
+        print()
     versions = ", ".join(f"{name} {number}" for name, number in conditions["versions"].items())
     print(
-        f"\n{conditions['date']}, {conditions['cpu']}, {conditions['threads']} thread of {conditions['cores']} cores, "
+        f"{conditions['date']}, {conditions['cpu']}, {conditions['threads']} thread of {conditions['cores']} cores, "
         f"load {conditions['load']} at the end; {versions}."
     )
     if file is not None:
-        file.write_text(json.dumps({"conditions": conditions, "rows": rows}, indent=2) + "\n")
+        file.write_text(json.dumps({"conditions": conditions, "tables": tables}, indent=2) + "\n")

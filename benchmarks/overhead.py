@@ -1,0 +1,204 @@
+"""What an adapter costs, step by step: the time of S0 and of LoRA to that of the base model.
+
+    python benchmarks/overhead.py [--rounds N] [--device cpu|cuda] [--compile] [--json FILE]
+
+One random hybrid model of 8 layers for each method, all with the same weights. They run in turns: prefill (short, long,
+a padded batch), decoding steps with 1, 8 and 32 rows, and training steps (padded and packed rows) with the bytes that a
+step keeps for its backward pass. With `--compile` the decoding steps are also measured under `torch.compile`.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import DynamicCache, Qwen3_5ForCausalLM, Qwen3_5TextConfig, StaticCache
+from transformers.utils import logging
+
+sys.path.insert(0, str(Path(__file__).parent))
+from timing import clock, environment, interleave, parser, ratio, report
+
+from peft_s0 import S0Config
+
+VOCABULARY = 512
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+MIXERS = ["in_proj_qkv", "in_proj_z", "out_proj"]
+STEPS = 8
+LORA = "LoRA r24, attention"
+
+Measurement = Callable[[nn.Module], float]
+
+
+def base(device: str) -> nn.Module:
+    """A random hybrid model: 6 recurrent layers with states of [16, 64, 64], 2 layers of attention."""
+    torch.manual_seed(0)
+    config = Qwen3_5TextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=512,
+        intermediate_size=1024,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        linear_num_key_heads=8,
+        linear_num_value_heads=16,
+        linear_key_head_dim=64,
+        linear_value_head_dim=64,
+        pad_token_id=0,
+    )
+    return Qwen3_5ForCausalLM(config).to(device).eval()
+
+
+def lora(modules: list[str], model: nn.Module) -> nn.Module:
+    """LoRA of the paper's best rank, with values that are not zero."""
+    return get_peft_model(model, LoraConfig(r=24, target_modules=modules, init_lora_weights=False))
+
+
+METHODS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "base": lambda model: model,
+    "S0": lambda model: get_peft_model(model, S0Config(init_weights=0.1)),
+    # "S0, offset": lambda model: get_peft_model(model, S0Config(init_weights=0.1, variant="offset")),
+    LORA: partial(lora, ATTENTION),
+    "LoRA r24, attention and mixers": partial(lora, ATTENTION + MIXERS),
+    "LoRA r24, merged": lambda model: lora(ATTENTION, model).merge_and_unload(),
+}
+
+
+def tokens(device: str, *shape: int) -> Tensor:
+    """Random token ids."""
+    return torch.randint(1, VOCABULARY, shape, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+@torch.no_grad()
+def prefill(ids: Tensor, mask: Tensor | None, model: nn.Module) -> float:
+    """Milliseconds of the pass over a prompt."""
+    with clock(ids.device) as elapsed:
+        model(input_ids=ids, attention_mask=mask, use_cache=True)
+    return elapsed()
+
+
+@torch.no_grad()
+def decode(prompt: Tensor, compiled: bool, model: nn.Module) -> float:
+    """Milliseconds of a step behind a prompt, the median of several."""
+    if compiled:
+        cache = StaticCache(config=model.config, max_cache_len=prompt.shape[1] + STEPS + 1)
+        step = _COMPILED.setdefault(id(model), torch.compile(model, fullgraph=True, dynamic=False))
+    else:
+        cache, step = DynamicCache(config=model.config), model
+    model(input_ids=prompt, past_key_values=cache, use_cache=True)
+    times = []
+    for _ in range(STEPS):
+        with clock(prompt.device) as elapsed:
+            step(input_ids=prompt[:, :1], past_key_values=cache, use_cache=True)
+        times.append(elapsed())
+    return statistics.median(times)
+
+
+_COMPILED: dict[int, Callable[..., object]] = {}
+
+
+def train(inputs: dict[str, Tensor], model: nn.Module) -> float:
+    """Milliseconds of a forward and a backward pass and an optimiser's step."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=0.0)
+    with clock(inputs["input_ids"].device) as elapsed:
+        model.train()(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
+        optimizer.step()
+    model.eval().zero_grad()
+    return elapsed()
+
+
+def activations(inputs: dict[str, Tensor], model: nn.Module) -> float:
+    """Megabytes that a training step keeps for its backward pass, beside the parameters; each storage counts once."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        # The storage is held, so that its address is not given to another one.
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.train()(**inputs, labels=inputs["input_ids"], use_cache=False)
+    model.eval()
+    return sum(storage.nbytes() for address, storage in kept.items() if address not in parameters) / 1e6
+
+
+def batches(device: str) -> dict[str, dict[str, Tensor]]:
+    """Training batches of the same documents, 64 to 128 tokens long."""
+    lengths = torch.linspace(64, 128, 8).long()
+    mask = (torch.arange(128) < lengths.unsqueeze(1)).long().to(device)
+    ids, positions = tokens(device, 8, 128), torch.cat([torch.arange(int(length)) for length in lengths])
+    return {
+        "padded": {"input_ids": ids, "attention_mask": mask},
+        "packed": {"input_ids": ids[mask.bool()].unsqueeze(0), "position_ids": positions.unsqueeze(0).to(device)},
+    }
+
+
+def measurements(device: str, compiled: bool) -> dict[str, Measurement]:
+    """What is timed."""
+    padded = batches(device)["padded"]
+    timed: dict[str, Measurement] = {
+        "prefill, 1 x 64": partial(prefill, tokens(device, 1, 64), None),
+        "prefill, 1 x 1024": partial(prefill, tokens(device, 1, 1024), None),
+        "prefill, 8 x 64 to 128, left-padded": partial(prefill, padded["input_ids"], padded["attention_mask"].flip(1)),
+        **{f"decode, {rows} x 1": partial(decode, tokens(device, rows, 16), False) for rows in (1, 8, 32)},
+    }
+    if compiled:
+        timed["decode, 1 x 1, compiled"] = partial(decode, tokens(device, 1, 16), True)
+    return timed
+
+
+def compare(
+    measurement: str, measure: Measurement, models: dict[str, nn.Module], baseline: str, rounds: int
+) -> list[dict[str, object]]:
+    """One row for each model but the baseline."""
+    times = interleave({method: partial(measure, model) for method, model in models.items()}, rounds)
+    rows = []
+    for method in models:
+        if method != baseline:
+            median, low, high = ratio(times[method], times[baseline])
+            rows.append(
+                {
+                    "measured": measurement,
+                    "method": method,
+                    "ms": round(statistics.median(times[method]), 2),
+                    f"ratio to {baseline}": round(median, 3),
+                    "quartiles": f"{low:.3f} to {high:.3f}",
+                }
+            )
+    return rows
+
+
+def main() -> None:
+    """Print the tables."""
+    command = parser("What an adapter costs.", rounds=30)
+    command.add_argument("--device", default="cpu", help="where the models run")
+    command.add_argument("--compile", action="store_true", help="measure compiled decoding steps, too")
+    options = command.parse_args()
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    models = {method: adapt(base(options.device)).eval() for method, adapt in METHODS.items()}
+    inference = [
+        row
+        for name, measure in measurements(options.device, options.compile).items()
+        for row in compare(name, measure, models, "base", options.rounds)
+    ]
+    trained = {method: model for method, model in models.items() if method not in ("base", "LoRA r24, merged")}
+    training = []
+    for layout, batch in batches(options.device).items():
+        rows = compare(f"train, 8 x 64 to 128, {layout}", partial(train, batch), trained, LORA, options.rounds)
+        kept = {method: activations(batch, model) for method, model in trained.items()}
+        training += [{**row, "kept, ratio": round(kept[row["method"]] / kept[LORA], 3)} for row in rows]
+    report({"inference": inference, "training": training}, environment(options.device), options.json)
+
+
+if __name__ == "__main__":
+    main()

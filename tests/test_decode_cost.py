@@ -1,0 +1,96 @@
+"""A decoded token runs the base model's own code: what S0 adds to a step is counted, not timed."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, Architecture
+from conftest import Tuned, tune
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Python functions that may run for each recurrent layer and once a step, beside the base model's own. A layer has the two
+# hooks on its mixer and the two on each part of it that is tapped, with what torch's modules do to call hooks.
+A_LAYER, ONCE = 40, 25
+# Operations for each layer where S0 has to look at values: at positions or the state itself, to know whether a call
+# continues a sequence, and at the mask where a model also shows it to its mixers in decoding.
+LOOKS = {"recurrent_gemma": 3, "xlstm": 2, "glm5_next": 17}
+
+
+@pytest.fixture(params=ARCHITECTURES, ids=lambda architecture: architecture.name)
+def architecture(request: pytest.FixtureRequest) -> Architecture:
+    return request.param
+
+
+class Operations(TorchDispatchMode):
+    """Notes every operation on tensors that runs inside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def counting() -> Iterator[list[str]]:
+    """The names of the Python functions that are called inside it."""
+    called: list[str] = []
+
+    def note(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call":
+            called.append(frame.f_code.co_qualname if hasattr(frame.f_code, "co_qualname") else frame.f_code.co_name)
+
+    sys.setprofile(note)
+    try:
+        yield called
+    finally:
+        sys.setprofile(None)
+
+
+@torch.no_grad()
+def step(model: nn.Module, architecture: Architecture, ids: Tensor) -> Callable[[], object]:
+    """A function that decodes one token behind a prompt."""
+    cache = architecture.make_cache(model.config, len(ids))
+    model(ids, use_cache=True, **{architecture.cache: cache})
+    arguments = {architecture.cache: cache, "use_cache": True}
+    # Whatever is looked up once in a process was, in the step before.
+    model(ids[:, :1], **arguments)
+    return torch.no_grad()(lambda: model(ids[:, :1], **arguments))
+
+
+def test_the_operations_of_a_step_are_those_of_the_base_model(architecture: Architecture) -> None:
+    # States of zero, so that whatever depends on values, such as the choice of experts, is the same.
+    tuned = tune(architecture, init_weights=0.0)
+    ids, seen = tuned.ids(2, 8), []
+    for model in (tuned.base, tuned.model.get_base_model()):
+        run = step(model, architecture, ids)
+        with Operations() as operations:
+            run()
+        seen.append(operations.seen)
+    base, with_s0 = seen
+    if architecture.name in LOOKS:
+        assert not Counter(base) - Counter(with_s0)
+        assert 0 < len(with_s0) - len(base) <= LOOKS[architecture.name] * architecture.states
+    else:
+        assert with_s0 == base
+
+
+def test_the_python_calls_of_a_step(tuned: Tuned) -> None:
+    ids, counts = tuned.ids(2, 8), []
+    for model in (tuned.base, tuned.model.get_base_model()):
+        run = step(model, tuned.architecture, ids)
+        with counting() as called:
+            run()
+        counts.append(len(called))
+    base, with_s0 = counts
+    assert 0 < with_s0 - base <= tuned.architecture.states * A_LAYER + ONCE
