@@ -274,6 +274,22 @@ class S0Layer(nn.Module, BaseTunerLayer):
         readout = self.declaration.readout
         return self.declaration.parts + (() if readout is None or not self.s0_offset else readout.parts)
 
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """See `BaseTunerLayer.set_adapter`; this one touches only what changes, for tasks are switched between calls.
+
+        Args:
+            adapter_names: the active adapters.
+            inference_mode: whether their states are frozen.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for kind in self.adapter_layer_names:
+            for name, holder in cast(nn.Module, self._modules[kind])._modules.items():
+                learns = name in names and not inference_mode
+                for parameter in cast(nn.Module, holder)._parameters.values():
+                    if parameter is not None and parameter.requires_grad != learns:
+                        parameter.requires_grad_(learns)
+        self._active_adapter = names
+
     @property
     def participates(self) -> bool:
         """Whether any row of the next call may start from a learnt state or read an offset."""

@@ -195,6 +195,8 @@ class S0Model(BaseTuner):
             state_dict = {f"{own[name]}.s0_state.weight": state_dict[key] for key, name in names.items()}
         # Another tuner may have injected an adapter into the same model, and must go on reaching all layers.
         present = next(self.tuner_layers(), None)
+        self._routing = Routing() if present is None else present.routing
+        self._routing.layers = []
         with self._all_or_nothing(model, adapter_name):
             super().inject_adapter(
                 model,
@@ -205,8 +207,12 @@ class S0Model(BaseTuner):
             )
         watch(model)
         tag_model(model)
-        self._routing = Routing() if present is None else present.routing
-        for layer in self.tuner_layers():
+        self._route()
+
+    def _route(self) -> None:
+        """Let all tuner layers of the model look up the same thing."""
+        self._routing.layers = list(self.tuner_layers())
+        for layer in self._routing.layers:
             layer.routing = self._routing
 
     @contextmanager
@@ -232,6 +238,7 @@ class S0Model(BaseTuner):
                 self.peft_config[adapter_name] = held[0]
             else:
                 del self.peft_config[adapter_name]
+            self._route()
             raise
 
     def _check_merge_allowed(self) -> None:
@@ -259,7 +266,13 @@ class S0Model(BaseTuner):
         unknown = [name for name in names if name not in self.peft_config]
         if unknown:
             raise ValueError(f"Unknown adapters {unknown}; this model has {sorted(self.peft_config)}.")
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        if self._has_other_modules() or not self._routing.layers:
+            super().set_adapter(adapter_name, inference_mode=inference_mode)
+            return
+        # Without a walk over all modules of the model, which takes a hundred times as long.
+        for layer in self._routing.layers:
+            layer.set_adapter(names, inference_mode)
+        self.active_adapter = adapter_name
 
     def delete_adapter(self, adapter_name: str) -> None:
         """See `BaseTuner.delete_adapter`.
@@ -452,8 +465,8 @@ class S0Model(BaseTuner):
                 handle.remove()
 
     def _has_other_modules(self) -> bool:
-        configs = [cast(S0Config, config) for config in self.peft_config.values()]
-        return any(config.modules_to_save or config.trainable_token_indices for config in configs)
+        kinds = ("modules_to_save", "trainable_token_indices")
+        return any(getattr(config, kind, None) for config in self.peft_config.values() for kind in kinds)
 
     def _row_adapters(self, names: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RowAdapters:
         if not isinstance(names, (list, tuple)):
@@ -690,4 +703,5 @@ def _take_away(model: nn.Module, adapter_name: str, config: S0Config) -> None:
             layer.delete_adapter(adapter_name)
         if not layer.configs:
             detach(mixer)
+            layer.routing.layers = [other for other in layer.routing.layers if other is not layer]
     unwatch(model)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .layer import S0Layer
 
 BASE = "__base__"
 
@@ -12,10 +16,12 @@ class Routing:
 
     Attributes:
         rows: the adapters of the rows while a call with `adapter_names` runs; None: all rows have the active adapters.
+        layers: these layers, in the order of the model, so that switching need not search it.
     """
 
     def __init__(self) -> None:
         self.rows: RowAdapters | None = None
+        self.layers: list[S0Layer] = []
 
 
 class RowAdapters:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -335,6 +335,7 @@ def find_mixer(module_class: type) -> Mixer | None:
     return None
 
 
+@cache
 def parameter_names(module_class: Any) -> tuple[str, ...]:
     """Names of the arguments of a class's forward, without self."""
     return tuple(inspect.signature(module_class.forward).parameters)[1:]

@@ -1,4 +1,4 @@
-"""A decoded token runs the base model's own code: what S0 adds to a step is counted, not timed."""
+"""What S0 costs, counted and not timed: a decoded token runs the base model's own code, a switch touches states only."""
 
 from __future__ import annotations
 
@@ -6,18 +6,23 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import Any
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, Architecture
+from architectures import ARCHITECTURES, MAIN, Architecture
 from conftest import Tuned, tune
+from peft import inject_adapter_in_model
+from peft.tuners.tuners_utils import set_adapter
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Python functions that may run for each recurrent layer and once a step, beside the base model's own. A layer has the two
-# hooks on its mixer and the two on each part of it that is tapped, with what torch's modules do to call hooks.
+from peft_s0 import S0Config, S0Layer
+
+# Python functions that may run for each recurrent layer and once a step, beside the base model's own. A layer has the
+# two hooks on its mixer and the two on each part of it that is tapped, with what torch's modules do to call hooks.
 A_LAYER, ONCE = 40, 25
 # Operations for each layer where S0 has to look at values: at positions or the state itself, to know whether a call
 # continues a sequence, and at the mask where a model also shows it to its mixers in decoding.
@@ -94,3 +99,32 @@ def test_the_python_calls_of_a_step(tuned: Tuned) -> None:
         counts.append(len(called))
     base, with_s0 = counts
     assert 0 < with_s0 - base <= tuned.architecture.states * A_LAYER + ONCE
+
+
+def test_the_python_calls_of_a_switch(tuned: Tuned) -> None:
+    model = tuned.model
+    model.add_adapter("other", S0Config(init_weights=1.0))
+    with counting() as called:
+        model.set_adapter("other")
+    # A walk over the modules of the model would be more than ten for each layer.
+    assert len(called) <= 6 * tuned.architecture.states + 30
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+def test_a_switch_does_what_peft_does() -> None:
+    """Also through a second tuner of the same model, and after adapters have come and gone."""
+    tuned = tune(MAIN[0])
+    model = tuned.model
+    inject_adapter_in_model(S0Config(init_weights=1.0), model.get_base_model(), "injected")
+    with pytest.raises(ValueError, match="rank"):
+        model.add_adapter("refused", S0Config(rank=1000))
+    model.add_adapter("other", S0Config(init_weights=1.0))
+    for names, inference_mode in ((["injected"], False), (["other"], True), (["default", "other"], False)):
+        seen = []
+        for switch in (model.base_model.set_adapter, partial(set_adapter, model.get_base_model())):
+            model.base_model.set_adapter("default")
+            switch(names, inference_mode=inference_mode)
+            layers = [module for module in model.modules() if isinstance(module, S0Layer)]
+            assert [layer.active_adapters for layer in layers] == [names] * len(layers)
+            seen.append({name for name, parameter in model.named_parameters() if parameter.requires_grad})
+        assert seen[0] == seen[1]
