@@ -28,7 +28,7 @@ from .packing import PACKING_ARGUMENTS, Carried, Documents, find_boundaries, fin
 CHILD = "s0"
 # Marks on a model, its backbones, and the layers around its mixers.
 _WATCH, _SAYS, _HEARS = "s0_watch", "s0_says", "s0_hears"
-_DECLARATIONS, _COURIER = "s0_declarations", "s0_courier"
+_LAYERS, _COURIER = "s0_layers", "s0_courier"
 
 
 @dataclass
@@ -40,7 +40,9 @@ class Announcement:
 
 def layer_of(mixer: nn.Module) -> S0Layer:
     """The tuner layer of a mixer that has one."""
-    return cast(S0Layer, mixer.s0)
+    # Asked at every token: not by attribute, which torch searches for.
+    layer: Any = mixer._modules[CHILD]
+    return layer
 
 
 def has_layer(module: nn.Module) -> bool:
@@ -83,6 +85,8 @@ def watch(model: nn.Module) -> None:
     does not, the layer around the mixer is hooked as well, and an argument that it hands on carries it.
     """
     modules = dict(model.named_modules())
+    for module in modules.values():
+        vars(module).pop(_LAYERS, None)
     for name, mixer in modules.items():
         if not has_layer(mixer):
             continue
@@ -90,7 +94,7 @@ def watch(model: nn.Module) -> None:
         if backbone is None:
             continue
         _hook(backbone, _before_backbone)
-        vars(backbone).setdefault(_DECLARATIONS, set()).add(declaration)
+        vars(backbone).setdefault(_LAYERS, []).append(layer_of(mixer))
         if backbone is not model:
             _hook(model, _before_model)
             setattr(backbone, _HEARS, getattr(model, _SAYS))
@@ -102,12 +106,14 @@ def watch(model: nn.Module) -> None:
 
 
 def unwatch(model: nn.Module) -> None:
-    """Undo `watch` if no tuned mixer is left."""
-    if not any(has_layer(module) for module in model.modules()):
+    """Undo `watch` if no tuned mixer is left, else forget those that are gone."""
+    if any(has_layer(module) for module in model.modules()):
+        watch(model)
+    else:
         for module in model.modules():
             if _WATCH in vars(module):
                 vars(module).pop(_WATCH).remove()
-                for mark in (_SAYS, _HEARS, _DECLARATIONS, _COURIER):
+                for mark in (_SAYS, _HEARS, _LAYERS, _COURIER):
                     vars(module).pop(mark, None)
 
 
@@ -141,7 +147,8 @@ def _before_backbone(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     says.told = {}
     tokens = next((arguments[name].shape[1] for name in ("input_ids", "inputs_embeds") if name in arguments), 0)
     packing = {name: arguments[name] for name in PACKING_ARGUMENTS if name in arguments}
-    mask, declarations = arguments.get("attention_mask"), getattr(backbone, _DECLARATIONS)
+    mask, tuned = arguments.get("attention_mask"), cast(list[S0Layer], getattr(backbone, _LAYERS))
+    declarations = dict.fromkeys([layer.declaration for layer in tuned])
     positions = arguments.get("position_ids") if mask is None and not packing else None
     compiling = torch.compiler.is_compiling()
     if not compiling:
@@ -153,7 +160,7 @@ def _before_backbone(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     checking = [declaration for declaration in declarations if declaration.checks]
     if not packing and not told and not checking and (positions is None or not compiling):
         return None
-    layers = [layer for layer in backbone.modules() if isinstance(layer, S0Layer) and layer.participates]
+    layers = [layer for layer in tuned if layer.participates]
     if not layers:
         return None
     for declaration in checking:

@@ -297,23 +297,21 @@ class S0Layer(nn.Module, BaseTunerLayer):
             return False
         if self.row_slots is not None:
             return self.row_slots.shape[0] > 0
-        return any(name in self.configs for name in self._called)
+        return not self.configs.keys().isdisjoint(self._called)
 
     @property
     def starts(self) -> bool:
         """Whether any row of a call that this layer participates in may start from a learnt state."""
-        configs = self.configs
-        return self.row_slots is not None or any(
-            name in configs and configs[name].variant != "offset" for name in self._called
-        )
+        return self.row_slots is not None or self._holds("s0_state")
 
     @property
     def reads(self) -> bool:
         """Whether any row of a call that this layer participates in reads an offset."""
-        configs = self.configs
-        return self.row_slots is None and any(
-            name in configs and configs[name].variant != "initial" for name in self._called
-        )
+        return self.row_slots is None and self._holds("s0_offset")
+
+    def _holds(self, kind: str) -> bool:
+        """Whether an adapter of the next call has a tensor of this kind. Asked at every token, so no call too many."""
+        return not cast(nn.Module, self._modules[kind])._modules.keys().isdisjoint(self._called)
 
     @property
     def _called(self) -> Sequence[str]:
