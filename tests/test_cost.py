@@ -1,4 +1,4 @@
-"""What S0 costs, counted and not timed: a decoded token runs the base model's own code, a switch touches states only."""
+"""What S0 costs, counted and not timed: a decoded token runs the base model's own code, a switch touches states."""
 
 from __future__ import annotations
 
