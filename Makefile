@@ -4,18 +4,23 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 # The Triton kernels have an environment of their own: transformers takes them wherever they are installed.
 KERNELS := .venv-kernels
+# The site is built from the sources as they stand, without importing them.
+SITE := .venv-site
 RUN_KERNELS := $(KERNELS)/bin/python
 
-.PHONY: quickstart test lint kernels
+.PHONY: quickstart test lint kernels site
 
 quickstart: $(VENV)/examples
 	$(RUN) examples/quickstart.py
 
-test: $(VENV)/dev lint kernels
+test: $(VENV)/dev lint site kernels
 	$(RUN) -m pytest -n 2
 
 kernels: $(KERNELS)/kernels
 	$(RUN_KERNELS) -m pytest -n 2 -p tests.kernels.interpreter tests/kernels
+
+site: $(SITE)/site
+	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/python -m mkdocs build --quiet --strict
 
 lint: $(VENV)/dev
 	$(RUN) -m ruff check .
@@ -35,4 +40,10 @@ $(KERNELS)/kernels: pyproject.toml constraints.txt constraints-kernels.txt
 		--editable ".[fla]" triton einops setuptools wheel packaging pytest pytest-timeout pytest-xdist hypothesis
 	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE $(RUN_KERNELS) -m pip install --quiet --no-build-isolation \
 		--no-deps --constraint constraints-kernels.txt mamba-ssm
+	touch $@
+
+$(SITE)/site: constraints.txt
+	test -x $(SITE)/bin/python || $(PYTHON) -m venv $(SITE)
+	$(SITE)/bin/python -m pip install --quiet --constraint constraints.txt mkdocs-material "mkdocstrings[python]" \
+		mkdocs-include-markdown-plugin ruff
 	touch $@

@@ -1,15 +1,16 @@
-"""The page of architectures: it shows what its generator writes today, from configs that transformers knows."""
+"""The pages in docs/: they show what their generators write today, and their links lead somewhere."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from architectures import ARCHITECTURES
+from architectures import ARCHITECTURES, MAIN, Architecture
 from conftest import Tuned
 from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING
@@ -31,6 +32,8 @@ from make_architectures import (  # noqa: E402
     sizes,
     states,
 )
+from make_padding import PAGE as PADDING  # noqa: E402
+from make_padding import errors  # noqa: E402
 
 ROWS = {row.name: row for row in ARCHITECTURES}
 PUBLIC = sorted(ROWS.keys() & CHECKPOINTS.keys())
@@ -123,3 +126,29 @@ def test_limits_have_one_line_for_an_architecture_and_a_reason() -> None:
         for law, reason in row.lacks:
             (line,) = [line for line in lines if line.startswith(f"- `{row.name}`: {reason} (")]
             assert law.replace("_", " ") in line
+
+
+@pytest.mark.parametrize("row", MAIN, ids=lambda row: row.name)
+def test_the_padding_page_shows_what_its_script_measures(row: Architecture) -> None:
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in PADDING.read_text().splitlines()]
+    (head,) = (line for line in lines if line and line[0].startswith("a row of"))
+    shown = {line[0]: line[1:] for line in lines if len(line) == len(head)}
+    column = head.index(f"{row.name}, by hand") - 1
+    for case, (by_hand, with_s0) in errors(row).items():
+        # Rounding differs between processors.
+        assert abs(share(shown[case][column]) - share(by_hand)) <= 0.01
+        assert max(share(with_s0), share(shown[case][column + 1])) < 1e-5
+        if "pads" in case or "packed" in case:
+            assert share(by_hand) > 0.05
+
+
+def share(cell: str) -> float:
+    return float(cell.removesuffix("%")) / 100 if cell.endswith("%") else float(cell)
+
+
+@pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]), ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    # The site's builder looks at links within the site; these also lead to files of the repository.
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if not target.startswith(("https://", "#")):
+            assert (page.parent / target.partition("#")[0]).exists(), target
