@@ -63,7 +63,7 @@ def lora(modules: list[str], model: nn.Module) -> nn.Module:
 METHODS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "base": lambda model: model,
     "S0": lambda model: get_peft_model(model, S0Config(init_weights=0.1)),
-    # "S0, offset": lambda model: get_peft_model(model, S0Config(init_weights=0.1, variant="offset")),
+    "S0, offset": lambda model: get_peft_model(model, S0Config(init_weights=0.1, variant="offset")),
     LORA: partial(lora, ATTENTION),
     "LoRA r24, attention and mixers": partial(lora, ATTENTION + MIXERS),
     "LoRA r24, merged": lambda model: lora(ATTENTION, model).merge_and_unload(),
