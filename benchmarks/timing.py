@@ -71,11 +71,16 @@ def arguments(description: str, rounds: int) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def report(rows: list[dict[str, Any]], conditions: dict[str, Any], file: Path | None) -> None:
-    """Print a Markdown table and what it was measured under, and write both to a file if one is given."""
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print a Markdown table."""
     print(f"| {' | '.join(rows[0])} |\n|{' --- |' * len(rows[0])}")
     for row in rows:
         print(f"| {' | '.join(str(value) for value in row.values())} |")
+
+
+def report(rows: list[dict[str, Any]], conditions: dict[str, Any], file: Path | None) -> None:
+    """Print a Markdown table and what it was measured under, and write both to a file if one is given."""
+    show(rows)
     versions = ", ".join(f"{name} {number}" for name, number in conditions["versions"].items())
     print(
         f"\n{conditions['date']}, {conditions['cpu']}, {conditions['threads']} thread of {conditions['cores']} cores, "
