@@ -3,8 +3,9 @@
 python benchmarks/small_states.py [--seeds N] [--json FILE]
 
 The first table measures files of an adapter for Qwen3.5-4B. The others tune the tiny model of the examples on the task
-of its quickstart. There the whole state solves every held-out problem, which ranks nothing; so each adapter is tuned for
-10 steps as well as 20, and its loss is measured on verified solutions of problems it was not tuned on.
+of its quickstart, with the quickstart's solutions and settings. There the whole state solves every held-out problem,
+which ranks nothing; so each adapter is tuned for 10 steps as well as 20, and its loss is measured on verified solutions
+of problems that it was not tuned on.
 """
 
 from __future__ import annotations
@@ -26,21 +27,23 @@ import transformers
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "examples")]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from bank import build, states_file
+from timing import environment, show
+
 from miniature.base import load_base, load_tokenizer
 from miniature.evaluate import HELD_OUT, answer
 from miniature.sample import collect, own_solutions
 from miniature.task import problems
-from quickstart import SOLUTIONS, Solution, tune
-from timing import environment, show
-
 from peft_s0 import S0Config, compress_adapter, recurrent_layers
+from quickstart import SOLUTIONS, Solution, tune
 
 STORAGES = ("float32", "bfloat16", "int8")
 RANKS = (8, 4, 2, 1)
 STEPS = (10, 20)
+RATE, HIGH_RATE = 5e-3, 2e-2
+"""The quickstart's learning rate, and one for factors, of which half start far from zero."""
 
 
 def sizes() -> list[dict[str, Any]]:
@@ -104,30 +107,29 @@ class Trial:
         """A row for each adapter, number of steps and way of storing it."""
         yield {"form": "base", "steps": 0, "storage": "", "parameters": 0, **self.measure(self.base, "base")}
         layers = recurrent_layers(self.base)
-        forms: dict[str, dict[str, Any]] = {
-            "full": {},
-            **{f"rank {rank}": {"rank": rank} for rank in RANKS},
-            **{
-                f"full, {place} layer": {"layers_to_transform": [layers[index]]}
-                for place, index in (("first", 0), ("middle", len(layers) // 2), ("last", -1))
-            },
-        }
+        forms: dict[str, tuple[float, dict[str, Any]]] = {"full": (RATE, {})}
+        forms |= {f"rank {rank}": (RATE, {"rank": rank}) for rank in RANKS}
+        forms |= {f"rank {rank}, rate {HIGH_RATE:g}": (HIGH_RATE, {"rank": rank}) for rank in RANKS}
+        for place, layer in (("first", layers[0]), ("middle", layers[len(layers) // 2]), ("last", layers[-1])):
+            forms[f"full, {place} layer"] = (RATE, {"layers_to_transform": [layer]})
         for steps in STEPS:
-            for form, fields in forms.items():
+            for form, (rate, fields) in forms.items():
                 folder = self.folder / f"{self.seed}-{steps}-{form}"
                 config = S0Config(alpha=1.0, l2_lambda=5e-4, **fields)
-                model, cost = tune(self.tokenizer, self.solutions, config, 5e-3, steps, folder, self.seed)
-                yield from self.stored(model, folder, form, steps, cost["trainable parameters"])
+                model, cost = tune(self.tokenizer, self.solutions, config, rate, steps, folder, self.seed)
+                each = steps == max(STEPS) and rate == RATE and "layers_to_transform" not in fields
+                storages = STORAGES if each else STORAGES[:1]
+                yield from self.stored(model, folder, form, steps, cost["trainable parameters"], storages)
                 if form == "full":
                     for rank in RANKS:
                         yield self.cut(model, rank, steps)
 
     def stored(
-        self, model: PeftModel, folder: Path, form: str, steps: int, parameters: float
+        self, model: PeftModel, folder: Path, form: str, steps: int, parameters: float, storages: tuple[str, ...]
     ) -> Iterator[dict[str, Any]]:
-        """A trained adapter; after all steps also what other ways of storing it make of it."""
+        """A trained adapter, and what it is when it was stored and loaded."""
         exact = self.measure(model, f"{form}, {steps} steps")
-        for storage in STORAGES if steps == max(STEPS) else STORAGES[:1]:
+        for storage in storages:
             name = f"{form}, {steps} steps, {storage}"
             config = model.peft_config["default"]
             model.peft_config["default"] = replace(config, storage=storage)
@@ -179,9 +181,7 @@ def tables(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[
             if not group or "bytes" not in group[0]:
                 continue
             exact = groups[form, max(STEPS), "float32"]
-            changes = [
-                {"change": row["loss"] - other["loss"]} for row, other in zip(group, exact, strict=True)
-            ]
+            changes = [{"change": row["loss"] - other["loss"]} for row, other in zip(group, exact, strict=True)]
             storage.append(
                 {
                     "state": form,

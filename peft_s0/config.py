@@ -147,6 +147,8 @@ class S0Config(PeftConfig):
 
     # Whether the config came from a file whose states were not read yet. Not a field, so it is never saved.
     awaits_states: ClassVar[bool] = False
+    # Whether it was made for inference with int8 states, as one read from a file is, for training too. Likewise.
+    awaits_int8: ClassVar[bool] = False
 
     def __new__(cls, *args: Any, **kwargs: Any) -> S0Config:
         """Refuse what only LoRA has, saying what to use."""
@@ -181,6 +183,7 @@ class S0Config(PeftConfig):
             )
         if self.storage not in DTYPES:
             raise ValueError(f"S0Config: storage must be one of {', '.join(map(repr, DTYPES))}, got {self.storage!r}.")
+        vars(self)["awaits_int8"] = self.storage == "int8" and self.inference_mode
         if self.rank is not None and (not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1):
             raise ValueError(f"S0Config: rank must be an integer >= 1, or None for the full state, got {self.rank!r}.")
 

@@ -98,8 +98,8 @@ class InitialState(Float32Module):
         self._initialize(config.init_weights)
         self._created = self.weight._version
         # The states of an adapter for inference are loaded; its first values stand for nothing.
-        # So are those in int8, which transformers' loaders cannot read, and would leave at the first values in silence.
-        self.awaited = config.inference_mode or (config.awaits_states and config.storage == "int8")
+        # In int8 those for training are, too: transformers cannot read them, and would train the first values.
+        self.awaited = config.inference_mode or config.awaits_int8
         # Whether a loader put another parameter in place of the first, whose values nobody has looked at.
         self.replaced = False
         # What was loaded, until accelerate has placed the model.

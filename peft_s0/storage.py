@@ -2,8 +2,8 @@
 
 In memory states are float32 always. Only files are compact: `S0Config.save_pretrained`, which PEFT calls behind each
 file of states that it has written, stores them anew as `S0Config.storage` says. So all that passes states on in memory
-(checkpoints of FSDP, copies that trainers make, `get_peft_model_state_dict`) has them exactly. What is read back depends
-on the file alone, never on the config beside it.
+(checkpoints of FSDP, copies that trainers make, `get_peft_model_state_dict`) has them exactly. What is read back
+depends on the file alone, never on the config beside it.
 
 In int8, `BLOCK` values that lie next to each other share a scale: x is stored as the integer q nearest to x / scale,
 and read back as q * scale, which is at most half a scale away. The state `...s0_state.weight` becomes two tensors,
@@ -44,10 +44,12 @@ class Stored:
     """A tensor as it is in a file.
 
     Args:
-        values: the state in some floating-point dtype, or int8.
+        name: its name where it is in float32.
+        values: the state in some floating-point dtype, or int8; or what is in a file beside states.
         scales: of int8, float32 [blocks]; None otherwise.
     """
 
+    name: str
     values: Tensor
     scales: Tensor | None = None
 
@@ -55,15 +57,15 @@ class Stored:
         """The state in float32.
 
         Raises:
-            ValueError: for scales that are not positive, finite numbers; it does not name the state.
+            ValueError: for scales that are not positive, finite numbers.
         """
         if self.scales is None:
             return self.values.float()
         good = (self.scales >= _LEAST_SCALE) & (self.scales <= _GREATEST_SCALE)
         if not bool(good.all()):
             raise ValueError(
-                f"{int((~good).sum())} of {self.scales.numel()} scales that are NaN, infinite or not positive; a "
-                "training run that diverged or a damaged file. Load another checkpoint."
+                f"The state '{self.name}' has {int((~good).sum())} of {self.scales.numel()} scales that are NaN, "
+                "infinite or not positive; a training run that diverged or a damaged file. Load another checkpoint."
             )
         blocks = _blocks(self.values.float()).mul_(self.scales.unsqueeze(1))
         return blocks.flatten()[: self.values.numel()].view(self.values.shape)
@@ -75,11 +77,11 @@ class Stored:
 
     def clone(self) -> Stored:
         """A copy in memory."""
-        return Stored(self.values.clone(), None if self.scales is None else self.scales.clone())
+        return Stored(self.name, self.values.clone(), None if self.scales is None else self.scales.clone())
 
     def to(self, device: torch.device) -> Stored:
         """The same on a device."""
-        return Stored(self.values.to(device), None if self.scales is None else self.scales.to(device))
+        return Stored(self.name, self.values.to(device), None if self.scales is None else self.scales.to(device))
 
 
 def group(tensors: Mapping[str, Tensor]) -> dict[str, Stored]:
@@ -99,7 +101,7 @@ def group(tensors: Mapping[str, Tensor]) -> dict[str, Stored]:
     for name, tensor in tensors.items():
         match = _STATE.fullmatch(name)
         if match is None or match[2] == "weight":
-            found[name] = Stored(tensor)
+            found[name] = Stored(name, tensor)
             continue
         values, scales = tensors.get(f"{match[1]}int8"), tensors.get(f"{match[1]}scale")
         state = f"{match[1]}weight"
@@ -111,7 +113,7 @@ def group(tensors: Mapping[str, Tensor]) -> dict[str, Stored]:
         blocks = -(-values.numel() // BLOCK)
         if list(scales.shape) != [blocks]:
             raise _damaged(state, f"[{blocks}] scales for shape {list(values.shape)}", f"{list(scales.shape)}")
-        found[state] = Stored(values, scales)
+        found[state] = Stored(state, values, scales)
     return found
 
 
@@ -121,17 +123,13 @@ def decode(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ValueError: see `group`; also for scales that are not positive, finite numbers.
     """
-    states = {}
-    for name, stored in group(tensors).items():
-        if not is_state(name) or not (stored.values.is_floating_point() or stored.scales is not None):
-            # Integers that are no encoded state are refused by those who know what is expected.
-            states[name] = stored.values
-            continue
-        try:
-            states[name] = stored.restore()
-        except ValueError as error:
-            raise ValueError(f"The state '{name}' has {error}") from error
-    return states
+
+    def read(stored: Stored) -> Tensor:
+        # Integers that are no state in int8 are for those to refuse who know what is expected.
+        number = stored.values.is_floating_point() or stored.scales is not None
+        return stored.restore() if is_state(stored.name) and number else stored.values
+
+    return {name: read(stored) for name, stored in group(tensors).items()}
 
 
 def encode(tensors: Mapping[str, Tensor], storage: str) -> dict[str, Tensor]:
@@ -225,6 +223,6 @@ def _blocks(state: Tensor) -> Tensor:
 
 def _damaged(state: str, expected: str, found: str) -> ValueError:
     return ValueError(
-        f"The state '{state}' is stored in int8, but not whole: expected {expected}, found {found}. The file is damaged "
-        "or was put together by hand; copy the adapter again."
+        f"The state '{state}' is stored in int8, but not whole: expected {expected}, found {found}. The file is "
+        "damaged or was put together by hand; copy the adapter again."
     )
