@@ -137,7 +137,9 @@ class InitialState(Float32Module):
         if self.rank is None:
             return weight
         left, right = weight.split([self.shape[1], self.shape[2]], dim=1)
-        return left @ right.transpose(1, 2)
+        # In float32, which autocast would undo.
+        with torch.autocast(weight.device.type, enabled=False):
+            return left @ right.transpose(1, 2)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Also called for a parameter that a loader puts in place of the first."""

@@ -32,6 +32,7 @@ from transformers import AutoModelForCausalLM
 
 from peft_s0 import S0Config, StateBank, compress_adapter, recurrent_layers
 from peft_s0.storage import BLOCK, decode, encode
+from peft_s0.training import penalty_gradient
 
 STATE = "base_model.model.model.layers.0.mixer.s0.s0_state."
 COMPACT = ["bfloat16", "int8"]
@@ -463,6 +464,23 @@ def test_what_cannot_be_compressed(tuned: Tuned) -> None:
     lora = get_peft_model(tuned.architecture.build(), LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(TypeError, match="needs a PEFT model with S0 adapters, got PeftModel"):
         compress_adapter(lora, "default", 2, "new")
+
+
+def test_low_rank_states_are_float32_under_autocast(tuned: Tuned) -> None:
+    """As trainers with bf16=True run the model: a product of matrices would be rounded."""
+    tuned.model.add_adapter("low", S0Config(rank=2, init_weights=1.0, alpha=1.0, l2_lambda=0.1))
+    for layer in tuned.model.base_model.tuner_layers():
+        learnt, factors = layer.state("low"), layer.state("low").weight
+        left, right = factors.split(list(layer.state_shape[1:]), dim=1)
+        product = torch.einsum("hir,hjr->hij", left, right)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            state = layer.effective_state("low")
+            assert state.dtype == torch.float32
+            torch.testing.assert_close(state, product, atol=1e-6, rtol=1e-6)
+            gradient = penalty_gradient(learnt)
+        # 2 lambda (S V, S^T U), by hand.
+        expected = 0.2 * torch.cat([product @ right, product.transpose(1, 2) @ left], dim=1)
+        torch.testing.assert_close(gradient, expected, atol=1e-4, rtol=1e-5)
 
 
 # Some layers.
