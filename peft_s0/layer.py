@@ -524,8 +524,8 @@ NOT_LOADED = (
     "A state of an S0 adapter for inference was never loaded: the file or state dict had none of its name and shape. "
     "transformers' own load_adapter and from_pretrained do not translate all names between the classes of a model, as "
     "from text-only to vision-language, nor read states stored in int8. PeftModel.from_pretrained does: take this "
-    "adapter away with delete_adapter and load it so. For an adapter that is to start from its first values, make the "
-    "config anew with dataclasses.replace(config, inference_mode=False)."
+    "adapter away with delete_adapter and load it so. For an adapter that is to start from its first values, set "
+    "inference_mode=False before it is made: dataclasses.replace(config, inference_mode=False)."
 )
 
 STAYS_WARNING = (
