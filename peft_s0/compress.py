@@ -16,7 +16,7 @@ from .model import S0Model
 
 @torch.no_grad()
 def compress_adapter(model: PeftModel, adapter_name: str, rank: int, new_name: str) -> dict[str, float]:
-    """Add an adapter whose states are the nearest ones of a rank to those of another.
+    """Add an adapter whose states, and offsets, are the nearest ones of a rank to those of another.
 
     Nearest in the Frobenius norm, head by head: the largest singular values and their vectors (Eckart and Young). Each
     factor gets the roots of the singular values, so that both are of one size. All else, such as `alpha`, is as it was.
@@ -29,8 +29,8 @@ def compress_adapter(model: PeftModel, adapter_name: str, rank: int, new_name: s
         new_name: name of the new adapter.
 
     Returns:
-        For each mixer, by its name in the base model, the relative error of its unscaled state S:
-        `||S - S_rank||_F / ||S||_F` over all heads, 0 where S is zero.
+        For each mixer, by its name in the base model, the relative error of its unscaled state S (or offset, or both
+        together): `||S - S_rank||_F / ||S||_F` over all heads, 0 where S is zero.
 
     Raises:
         TypeError: if the model is no PEFT model with S0 adapters.
@@ -63,17 +63,27 @@ def compress_adapter(model: PeftModel, adapter_name: str, rank: int, new_name: s
         for name, layer in tuner.model.named_modules()
         if isinstance(layer, S0Layer) and adapter_name in layer.configs
     }
-    states: dict[str, Tensor] = {name: layer.state(adapter_name)() for name, layer in layers.items()}
-    for name, state in states.items():
-        check_finite(name, state)
+    states = {
+        name: {kind: learnt() for kind, learnt in layer.learnt_tensors(adapter_name).items()}
+        for name, layer in layers.items()
+    }
+    for name, of_mixer in states.items():
+        for state in of_mixer.values():
+            check_finite(name, state)
     model.add_adapter(new_name, replace(config, rank=rank, init_weights=True))
     errors = {}
-    for name, state in states.items():
-        left, values, right = torch.linalg.svd(state, full_matrices=False)
-        roots = values[:, None, :rank].sqrt()
-        factors = torch.cat([left[..., :rank] * roots, right[:, :rank].transpose(1, 2) * roots], dim=1)
-        made = layers[name].state(new_name)
-        made.load_state_dict({"weight": factors})
-        norm = float(state.norm())
-        errors[name] = float((state - made()).norm()) / norm if norm > 0 else 0.0
+    for name, layer in layers.items():
+        differences = []
+        for kind, made in layer.learnt_tensors(new_name).items():
+            made.load_state_dict({"weight": _factors(states[name][kind], rank)})
+            differences.append(states[name][kind] - made())
+        norm = float(torch.stack([*states[name].values()]).norm())
+        errors[name] = float(torch.stack(differences).norm()) / norm if norm > 0 else 0.0
     return errors
+
+
+def _factors(state: Tensor, rank: int) -> Tensor:
+    """The factors of the nearest state of a rank, [heads, rows + columns, rank], as a state keeps them."""
+    left, values, right = torch.linalg.svd(state, full_matrices=False)
+    roots = values[:, None, :rank].sqrt()
+    return torch.cat([left[..., :rank] * roots, right[:, :rank].transpose(1, 2) * roots], dim=1)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from trainers import logged, sft, states, weights
 from transformers import AutoModelForCausalLM
 
-from peft_s0 import S0Config, StateBank, compress_adapter, recurrent_layers
+from peft_s0 import S0Config, S0Layer, StateBank, compress_adapter, recurrent_layers
 from peft_s0.storage import BLOCK, decode, encode
 from peft_s0.training import penalty_gradient
 
@@ -438,6 +438,29 @@ def test_a_low_rank_adapter_is_compressed_further(tuned: Tuned) -> None:
         compress_adapter(tuned.model, "low", 4, "same")
 
 
+def test_offsets_are_compressed_and_stored_as_states_are(tuned: Tuned, tmp_path: Path) -> None:
+    tuned.model.add_adapter("both", S0Config(variant="both", init_weights=1.0, alpha=0.5, storage="int8"))
+    errors = compress_adapter(tuned.model, "both", 2, "low")
+    for name, layer in tuned.model.base_model.model.named_modules():
+        if isinstance(layer, S0Layer):
+            whole, low = (
+                torch.stack([learnt() for learnt in layer.learnt_tensors(adapter).values()])
+                for adapter in ("both", "low")
+            )
+            assert whole.shape[0] == 2
+            assert torch.linalg.matrix_rank(low).eq(2).all()
+            least = tail(whole.flatten(0, 1), 2)
+            assert errors[name.removesuffix(".s0")] == pytest.approx(least, abs=1e-6)
+    tuned.model.save_pretrained(tmp_path, selected_adapters=["both"])
+    stored = load_file(states_file(tmp_path / "both"))
+    assert len(stored) == 4 * tuned.architecture.states
+    assert sum(tensor.dtype == torch.int8 for tensor in stored.values()) == 2 * tuned.architecture.states
+    set_peft_model_state_dict(tuned.model, stored, "both")
+    tuned.model.set_adapter("both")
+    loaded = PeftModel.from_pretrained(tuned.architecture.build(), tmp_path / "both")
+    assert torch.equal(loaded(IDS).logits, tuned.model(IDS).logits)
+
+
 def test_a_state_of_zero_has_no_error(architecture: Architecture) -> None:
     tuned = tune(architecture, init_weights=True)
     assert set(compress_adapter(tuned.model, "default", 1, "small").values()) == {0.0}
@@ -490,10 +513,9 @@ def test_thirds_of_the_recurrent_layers(architecture: Architecture) -> None:
     """The recipe of docs/peft.md, on a deeper model whose attention layers stand between."""
     config = architecture.config()
     values = {**config.to_dict(), "num_hidden_layers": 8}
-    kinds = ["linear_attention", "linear_attention", "linear_attention", "full_attention"] * 2
-    if architecture is MAIN[0]:
-        values["layer_types"] = kinds
     values.pop("layers_block_type", None)
+    if architecture is MAIN[0]:
+        values["layer_types"] = ["linear_attention", "linear_attention", "linear_attention", "full_attention"] * 2
     base = architecture.model_class(type(config)(**values))
     layers = recurrent_layers(base)
     assert layers == ([0, 1, 2, 4, 5, 6] if architecture is MAIN[0] else list(range(8)))
@@ -504,16 +526,6 @@ def test_thirds_of_the_recurrent_layers(architecture: Architecture) -> None:
         assert tuned == chosen
         assert recurrent_layers(model) == layers
         base = model.unload()
-
-
-@pytest.mark.parametrize("row", ["qwen3_5_vl", "nemotron_h_omni", "zamba2", "mamba2", "xlstm"])
-def test_recurrent_layers_of_other_architectures(row: str) -> None:
-    """Whatever the list of layers is called, and whatever the config says of them."""
-    base = ROWS[row].build()
-    layers = recurrent_layers(base)
-    assert len(layers) == ROWS[row].states
-    model = get_peft_model(base, S0Config(layers_to_transform=layers[1:]))
-    assert len(model.targeted_module_names) == len(layers) - 1
 
 
 def test_no_layers_are_recurrent_in_a_module_without_mixers() -> None:
