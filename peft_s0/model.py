@@ -488,7 +488,8 @@ class S0Model(BaseTuner):
         except ValueError:
             _withdraw(model, config, adapter_name)
             raise
-        vars(config).pop("awaits_states", None)
+        for mark in ("awaits_states", "awaits_int8"):
+            vars(config).pop(mark, None)
         if "disk" in getattr(model, "hf_device_map", {}).values():
             for name, layer in model.named_modules():
                 if isinstance(layer, S0Layer):

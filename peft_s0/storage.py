@@ -145,10 +145,12 @@ def encode(tensors: Mapping[str, Tensor], storage: str) -> dict[str, Tensor]:
     encoded: dict[str, Tensor] = {}
     for name, tensor in decode(tensors).items():
         match = _STATE.fullmatch(name)
-        if match is None or storage != "int8":
-            encoded[name] = tensor if match is None else tensor.to(DTYPES[storage])
-        else:
+        if match is None or not tensor.is_floating_point():
+            encoded[name] = tensor
+        elif storage == "int8":
             encoded[f"{match[1]}int8"], encoded[f"{match[1]}scale"] = _quantize(tensor)
+        else:
+            encoded[name] = tensor.to(DTYPES[storage])
     return encoded
 
 

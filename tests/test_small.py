@@ -176,6 +176,13 @@ def test_every_loader_reads_float32(row: str, storage: str, tmp_path: Path) -> N
     for name in {"vision", "backbone"} & set(family.classes):
         assert_exact(PeftModel.from_pretrained(family.build(name), tmp_path), tuned)
     base = family.build("head")
+    trained = PeftModel.from_pretrained(family.build("head"), tmp_path, is_trainable=True)
+    # As trainers make a reference: the same config, values that no counter of changes has seen.
+    trained.add_adapter("ref", copy.deepcopy(trained.peft_config["default"]))
+    for layer in trained.base_model.tuner_layers():
+        layer.state("ref").weight.data.copy_(layer.state("default").weight.data)
+    trained.set_adapter("ref")
+    assert torch.equal(trained.eval()(IDS).logits, tuned(IDS).logits)
     if storage == "int8":
         with pytest.raises(RuntimeError, match=r"was never loaded.*stored in int8.*PeftModel.from_pretrained does"):
             base.load_adapter(tmp_path)
@@ -213,6 +220,9 @@ def test_loaders_beside(tuned: Tuned, tmp_path: Path, storage: str) -> None:
         bank = StateBank(tuned.model, capacity=1, host=host)
         bank.add("task", hub, cache_dir=tmp_path / "cache")
         assert torch.equal(bank(ids, tasks=["task"] * 2).logits, expected)
+        held = bank._tasks["task"].states
+        # In memory as in the file.
+        assert held is None or {state.values.dtype for state in held.values()} == {getattr(torch, storage)}
         bank.close()
     tuned.model.hotswap_adapter(tmp_path / "adapter", "default")
     assert torch.equal(tuned.model(ids).logits, expected)
