@@ -94,12 +94,18 @@ def parser(description: str, rounds: int) -> argparse.ArgumentParser:
     return command
 
 
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print a Markdown table."""
+    print(f"| {' | '.join(rows[0])} |
+|{' --- |' * len(rows[0])}")
+    for row in rows:
+        print(f"| {' | '.join(str(value) for value in row.values())} |")
+
+
 def report(tables: dict[str, list[dict[str, Any]]], conditions: dict[str, Any], file: Path | None) -> None:
     """Print Markdown tables and what they were measured under, and write both to a file if one is given."""
     for rows in tables.values():
-        print(f"| {' | '.join(rows[0])} |\n|{' --- |' * len(rows[0])}")
-        for row in rows:
-            print(f"| {' | '.join(str(value) for value in row.values())} |")
+        show(rows)
         print()
     versions = ", ".join(f"{name} {number}" for name, number in conditions["versions"].items())
     print(

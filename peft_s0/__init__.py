@@ -12,11 +12,12 @@ require_transformers()
 
 from .bank import StateBank  # noqa: E402
 from .card import update_model_card  # noqa: E402
+from .compress import compress_adapter  # noqa: E402
 from .config import S0Config  # noqa: E402
 from .hub import push_to_hub  # noqa: E402
 from .layer import S0Layer  # noqa: E402
 from .mixers import Family, Gate, Mixer, register_mixer, registered_mixers  # noqa: E402
-from .model import S0Model  # noqa: E402
+from .model import S0Model, recurrent_layers  # noqa: E402
 from .registry import register  # noqa: E402
 
 if TYPE_CHECKING:
@@ -35,7 +36,9 @@ __all__ = [
     "S0Layer",
     "S0Model",
     "StateBank",
+    "compress_adapter",
     "push_to_hub",
+    "recurrent_layers",
     "register_mixer",
     "registered_mixers",
     "update_model_card",

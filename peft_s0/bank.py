@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from .config import S0Config, check_readable, find_states, load_config
 from .injection import CHILD, has_layer, layer_of
-from .layer import InitialState, S0Layer, Slots
+from .layer import InitialState, S0Layer, Slots, check_finite
 from .model import S0Model, check_fit
 from .naming import match_names
 from .rows import BASE
+from .storage import Stored, group
 
 
 class StateBank:
@@ -123,7 +124,7 @@ class StateBank:
             raise ValueError(f"'{model_id}' has no {SAFETENSORS_WEIGHTS_NAME}; save the adapter with save_pretrained.")
         task = _Task(name, config, file, shapes)
         if self.host == "cpu":
-            task.states = {target: state.clone() for target, state in task.read(values=True).items()}
+            task.states = {target: stored.clone() for target, stored in task.read(values=True).items()}
         else:
             task.read(values=False)
         with self._changed:
@@ -251,7 +252,7 @@ class StateBank:
                 for name, _, slots in self._layers():
                     state = slots.states[slot.index]
                     if name in states:
-                        stored = states[name].to(state.device)
+                        stored = states[name].to(state.device).restore()
                         state.copy_(_effective_state(self._mixers[name], task.config, stored))
                     else:
                         state.zero_()
@@ -304,7 +305,7 @@ class _Task:
     config: S0Config
     file: Path
     shapes: dict[str, tuple[int, ...]]  # of the stored states, by the mixers' names
-    states: dict[str, Tensor] | None = None  # where the host is the CPU
+    states: dict[str, Stored] | None = None  # where the host is the CPU
     finite: bool = False
 
     def __post_init__(self) -> None:
@@ -314,7 +315,7 @@ class _Task:
         stat = self.file.stat()
         return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
-    def read(self, values: bool) -> dict[str, Tensor]:
+    def read(self, values: bool) -> dict[str, Stored]:
         """The stored states by their mixers' names; from a file they are mapped, so that reading them is what reads it.
 
         Args:
@@ -329,15 +330,19 @@ class _Task:
             check_readable(self.file)
             states = {}
             with safe_open(self.file, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - no dict
-                    if not name.endswith(_STATE):
-                        raise ValueError(f"It holds '{name}' beside its states, which a bank cannot serve.")
-                    states[name.removeprefix("base_model.model.").removesuffix(_STATE)] = file.get_tensor(name)
+                tensors = group({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - no dict
+            for name, stored in tensors.items():
+                if not name.endswith(_STATE):
+                    raise ValueError(f"It holds '{name}' beside its states, which a bank cannot serve.")
+                states[name.removeprefix("base_model.model.").removesuffix(_STATE)] = stored
             if self._stamp() != self.stamp:
                 raise ValueError("The file was changed since it was added. Remove the task and add it again.")
             own = match_names(states, self.shapes)
             states = {own[name]: state for name, state in states.items()}
-            check_fit(self.shapes, states, values=values)
+            check_fit(self.shapes, {name: stored.outline for name, stored in states.items()}, values=False)
+            if values:
+                for name, stored in states.items():
+                    check_finite(name, stored.restore())
         except (ValueError, OSError) as error:
             raise ValueError(f"Task '{self.name}', file '{self.file}': {error}") from error
         return states
@@ -362,7 +367,7 @@ def _effective_state(mixer: nn.Module, config: S0Config, stored: Tensor) -> Tens
     layer = S0Layer(mixer, layer_of(mixer).declaration).eval()
     layer.update_layer("task", config, torch.device("meta"))
     state = layer.state("task")
-    state.weight = nn.Parameter(stored.float(), requires_grad=False)
+    state.weight = nn.Parameter(stored, requires_grad=False)
     # Its values were looked at when the file was read.
     state.replaced = False
     return layer.effective_state("task")

@@ -7,7 +7,6 @@ which PEFT does not know the method. So S0 has a section of its own in the card,
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ from typing import Any, cast
 
 from huggingface_hub import ModelCard, ModelCardData
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
+
+from .storage import contents, is_state
 
 CARD_NAME = "README.md"
 _TAG = "s0-tuning"
@@ -129,6 +129,7 @@ class _Adapter:
         layers: number of layers with a state; None, as what follows, if its states are not in a safetensors file.
         parameters: number of parameters in the file.
         size: bytes of the file.
+        storage: how its states are stored.
     """
 
     folder: str
@@ -136,6 +137,7 @@ class _Adapter:
     layers: int | None = None
     parameters: int | None = None
     size: int | None = None
+    storage: str | None = None
 
     @property
     def base(self) -> str | None:
@@ -167,14 +169,15 @@ def _find_adapters(folder: Path) -> list[_Adapter]:
     return adapters
 
 
-def _measure(folder: Path) -> tuple[int, int, int] | tuple[()]:
+def _measure(folder: Path) -> tuple[int, int, int, str] | tuple[()]:
     file = folder / SAFETENSORS_WEIGHTS_NAME
     if not file.exists():
         return ()
-    with safe_open(file, framework="pt") as states:
-        sizes = {name: math.prod(states.get_slice(name).get_shape()) for name in states.keys()}  # noqa: SIM118
-    layers = {name.partition(kind)[0] for name in sizes for kind in (".s0_state.", ".s0_offset.") if kind in name}
-    return len(layers), sum(sizes.values()), file.stat().st_size
+    found = contents(file)
+    states = {name: storage for name, (storage, _) in found.items() if is_state(name)}
+    layers = {name.rpartition(".s0.")[0] for name in states}
+    parameters = sum(values for _, values in found.values())
+    return len(layers), parameters, file.stat().st_size, ", ".join(sorted(set(states.values())))
 
 
 def _hub_id(name: str | None) -> str | None:
@@ -237,6 +240,7 @@ def _table(adapters: list[_Adapter]) -> str:
         columns["layers"] = [str(adapter.layers) for adapter in adapters]
         columns["parameters"] = [f"{adapter.parameters:,}" for adapter in adapters]
         columns["file"] = [_shown_size(adapter.size or 0) for adapter in adapters]
+        columns["storage"] = [adapter.storage or "" for adapter in adapters]
     return _rows([tuple(columns), *zip(*columns.values(), strict=True)])
 
 

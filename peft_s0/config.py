@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +17,12 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, Peft
 from safetensors import SafetensorError, safe_open
 
 from .card import update_card_of_peft
+from .storage import DTYPES, store
 
 VARIANTS = ("initial", "offset", "both")
+
+# Folders that a trainer goes on from, and those of further adapters in them.
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 # What LoraConfig has and a state has no use for, and what to use here.
 _SEVERAL = "adapters of their own (target_modules or layers_to_transform), active together: their states add up"
@@ -81,7 +86,11 @@ class S0Config(PeftConfig):
             `normalize`, where `dS` is what is learnt and saved. `alpha=1.0` is the offset of that paper, which has no
             scale. All that is said of states here goes for offsets.
         rank (`int`, *optional*):
-            Learn each head's state as a product of two matrices of this rank. `None`: the full state.
+            Learn each head's state as a product of two matrices of this rank. `None`: the full state. The penalty is
+            on the product, as it is on a full state.
+        storage (`str`):
+            How states are saved: `"float32"`, exactly; `"bfloat16"`, rounded to nearest, half the size; `"int8"`, with
+            a scale for each 32 values, 28 % of the size. In memory they are float32. See docs/small-states.md.
 
     Raises:
         ValueError: for a value outside of what is said above; the message names field and value.
@@ -132,9 +141,14 @@ class S0Config(PeftConfig):
     rank: int | None = field(
         default=None, metadata={"help": "Rank of each head's state as a product of two matrices. None: full."}
     )
+    storage: Literal["float32", "bfloat16", "int8"] = field(
+        default="float32", metadata={"help": "How states are saved: 'float32', 'bfloat16' or 'int8'."}
+    )
 
     # Whether the config came from a file whose states were not read yet. Not a field, so it is never saved.
     awaits_states: ClassVar[bool] = False
+    # Whether it was made for inference with int8 states, as one read from a file is, for training too. Likewise.
+    awaits_int8: ClassVar[bool] = False
 
     def __new__(cls, *args: Any, **kwargs: Any) -> S0Config:
         """Refuse what only LoRA has, saying what to use."""
@@ -167,6 +181,9 @@ class S0Config(PeftConfig):
             raise ValueError(
                 f"S0Config: variant must be one of {', '.join(map(repr, VARIANTS))}, got {self.variant!r}."
             )
+        if self.storage not in DTYPES:
+            raise ValueError(f"S0Config: storage must be one of {', '.join(map(repr, DTYPES))}, got {self.storage!r}.")
+        vars(self)["awaits_int8"] = self.storage == "int8" and self.inference_mode
         if self.rank is not None and (not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1):
             raise ValueError(f"S0Config: rank must be an integer >= 1, or None for the full state, got {self.rank!r}.")
 
@@ -198,16 +215,19 @@ class S0Config(PeftConfig):
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save the config; if PEFT has written a model card for the adapter, add the section on S0 to it.
+        """Save the config; store the states that are in the folder as it says; add the section on S0 to PEFT's card.
 
-        The config is written in one step: whenever the process ends, the old file is there or the new one.
+        PEFT calls this when it has written an adapter's states, in float32. In a trainer's `checkpoint-*` folder they
+        stay so, for a run that goes on from them to end as one without a break. Files are replaced in one step each:
+        whenever the process ends, the old one is there or the new one.
 
         Args:
             save_directory: folder to save into, made if it is not there.
             kwargs: passed on to PEFT.
 
         Raises:
-            ValueError: if there is a pickle file of states, which no S0 adapter is loaded from.
+            ValueError: if there is a pickle file of states, which no S0 adapter is loaded from, or if states
+                stored in int8 are damaged.
         """
         folder = Path(save_directory)
         if (folder / WEIGHTS_NAME).exists():
@@ -216,6 +236,9 @@ class S0Config(PeftConfig):
                 f"kept in {SAFETENSORS_WEIGHTS_NAME} only. Remove the file and save without safe_serialization=False."
             )
         folder.mkdir(parents=True, exist_ok=True)
+        place, states = folder.resolve(), folder / SAFETENSORS_WEIGHTS_NAME
+        if states.is_file() and not any(_CHECKPOINT.fullmatch(name) for name in (place.name, place.parent.name)):
+            store(states, self.storage)
         with TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
             super().save_pretrained(temporary, **kwargs)
             (Path(temporary) / CONFIG_NAME).replace(folder / CONFIG_NAME)

@@ -98,7 +98,8 @@ class InitialState(Float32Module):
         self._initialize(config.init_weights)
         self._created = self.weight._version
         # The states of an adapter for inference are loaded; its first values stand for nothing.
-        self.awaited = config.inference_mode
+        # In int8 those for training are, too: transformers cannot read them, and would train the first values.
+        self.awaited = config.inference_mode or config.awaits_int8
         # Whether a loader put another parameter in place of the first, whose values nobody has looked at.
         self.replaced = False
         # What was loaded, until accelerate has placed the model.
@@ -136,7 +137,9 @@ class InitialState(Float32Module):
         if self.rank is None:
             return weight
         left, right = weight.split([self.shape[1], self.shape[2]], dim=1)
-        return left @ right.transpose(1, 2)
+        # In float32, which autocast would undo.
+        with torch.autocast(weight.device.type, enabled=False):
+            return left @ right.transpose(1, 2)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Also called for a parameter that a loader puts in place of the first."""
@@ -534,8 +537,9 @@ def check_finite(name: str, state: Tensor) -> None:
 NOT_LOADED = (
     "A state of an S0 adapter for inference was never loaded: the file or state dict had none of its name and shape. "
     "transformers' own load_adapter and from_pretrained do not translate all names between the classes of a model, as "
-    "from text-only to vision-language. PeftModel.from_pretrained does: take this adapter away with delete_adapter and "
-    "load it so. For an adapter that is to start from its first values, set inference_mode=False."
+    "from text-only to vision-language, nor read states stored in int8. PeftModel.from_pretrained does: take this "
+    "adapter away with delete_adapter and load it so. For an adapter that is to start from its first values, set "
+    "inference_mode=False before it is made: dataclasses.replace(config, inference_mode=False)."
 )
 
 STAYS_WARNING = (

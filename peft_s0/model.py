@@ -34,6 +34,7 @@ from .mixers.refused import looks_recurrent, refused
 from .naming import match_names, shared_name
 from .precision import casts_parameters
 from .rows import BASE, Routing, RowAdapters
+from .storage import decode
 
 # In the name of a learnt tensor: what stands in front of it is the mixer's name.
 _LEARNT = re.compile(rf"\.{CHILD}\.({'|'.join(S0Layer.adapter_layer_names)})\.")
@@ -489,17 +490,19 @@ class S0Model(BaseTuner):
     ) -> dict[str, Tensor]:
         """Map a file's names to the model's; refuse a file that is not this adapter's before anything is written."""
         expected = (cls._remove_adapter_name_from_key(name, adapter_name) for name in _states(model, adapter_name))
-        own = match_names((name for name in state_dict if _LEARNT.search(name)), expected)
-        state_dict = {own.get(name, name): value for name, value in state_dict.items()}
-        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
-            model, config, adapter_name, state_dict
-        )
         try:
+            state_dict = decode(state_dict)
+            own = match_names((name for name in state_dict if _LEARNT.search(name)), expected)
+            state_dict = {own.get(name, name): value for name, value in state_dict.items()}
+            remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+                model, config, adapter_name, state_dict
+            )
             _check_states(model, adapter_name, remapped)
         except ValueError:
             _withdraw(model, config, adapter_name)
             raise
-        vars(config).pop("awaits_states", None)
+        for mark in ("awaits_states", "awaits_int8"):
+            vars(config).pop(mark, None)
         if "disk" in getattr(model, "hf_device_map", {}).values():
             for name, layer in model.named_modules():
                 if isinstance(layer, S0Layer):
@@ -510,6 +513,20 @@ class S0Model(BaseTuner):
     def tuner_layers(self) -> Iterator[S0Layer]:
         """The tuner layers, in the order of the model."""
         return (module for module in self.model.modules() if isinstance(module, S0Layer))
+
+
+def recurrent_layers(model: nn.Module) -> list[int]:
+    """Indices of the decoder layers that have a recurrent mixer, in order: what `layers_to_transform` counts in.
+
+    Args:
+        model: any class of the model, adapted or not.
+
+    Example:
+        >>> layers = recurrent_layers(model)
+        >>> config = S0Config(layers_to_transform=layers[: len(layers) // 3])  # the first third
+    """
+    found = (re.match(r"[^.]+\.(\d+)\.", shared_name(name)) for name, _ in _mixers(model))
+    return sorted({int(match[1]) for match in found if match is not None})
 
 
 def _mixers(model: nn.Module) -> Iterator[tuple[str, Mixer]]:

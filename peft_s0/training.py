@@ -102,7 +102,7 @@ def penalty_gradient(state: InitialState) -> Tensor:
     """Gradient of `l2_lambda * ||S||^2` by a state's parameter, of the parameter's shape."""
     if state.rank is None:
         return 2 * state.l2_lambda * state.weight.detach()
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.autocast(state.weight.device.type, enabled=False):
         weight = state.weight.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(state.l2_lambda * state.compose(weight).square().sum(), weight)
     return gradient

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from test_law import left_pad
 from torch import nn
 
-from peft_s0 import S0Config
+from peft_s0 import S0Config, recurrent_layers
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -145,9 +145,7 @@ def adapted(model: nn.Module, **config: object) -> list[str]:
 def test_a_part_of_the_recurrent_layers(row: Architecture) -> None:
     """As docs/peft.md says it: indices count all decoder layers, and not every one is recurrent."""
     model = row.build()
-    config = model.config.get_text_config()
-    kinds = getattr(config, "layer_types", None) or ["linear_attention"] * config.num_hidden_layers
-    recurrent = [i for i, kind in enumerate(kinds) if kind in ("linear_attention", "hybrid")]
+    recurrent = recurrent_layers(model)
     names = [name for name, module in model.named_modules() if any(module is mixer for mixer in mixers(model))]
     assert [int(next(part for part in name.split(".") if part.isdigit())) for name in names] == recurrent
     assert adapted(model, layers_to_transform=recurrent[: len(recurrent) // 2]) == names[: len(recurrent) // 2]

@@ -59,6 +59,7 @@ def test_the_card_says_what_is_in_the_file(model: PeftModel, architecture: Archi
             "layers": str(architecture.states),
             "parameters": f"{sum(state.numel() for state in states.values()):,}",
             "file": f"{size / 1000:.1f} kB",
+            "storage": "float32",
         }
     ]
     assert "[org/base-1.5B](https://huggingface.co/org/base-1.5B)" in card.text
