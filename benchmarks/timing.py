@@ -96,8 +96,7 @@ def parser(description: str, rounds: int) -> argparse.ArgumentParser:
 
 def show(rows: list[dict[str, Any]]) -> None:
     """Print a Markdown table."""
-    print(f"| {' | '.join(rows[0])} |
-|{' --- |' * len(rows[0])}")
+    print(f"| {' | '.join(rows[0])} |\n|{' --- |' * len(rows[0])}")
     for row in rows:
         print(f"| {' | '.join(str(value) for value in row.values())} |")
 

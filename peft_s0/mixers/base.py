@@ -335,10 +335,14 @@ def find_mixer(module_class: type) -> Mixer | None:
     return None
 
 
-@cache
 def parameter_names(module_class: Any) -> tuple[str, ...]:
     """Names of the arguments of a class's forward, without self."""
-    return tuple(inspect.signature(module_class.forward).parameters)[1:]
+    return _names(module_class.forward)
+
+
+@cache
+def _names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]
 
 
 def _by_path(path: str) -> Mixer:
