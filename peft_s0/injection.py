@@ -86,7 +86,8 @@ def watch(model: nn.Module) -> None:
     """
     modules = dict(model.named_modules())
     for module in modules.values():
-        vars(module).pop(_LAYERS, None)
+        if _LAYERS in vars(module):
+            delattr(module, _LAYERS)
     for name, mixer in modules.items():
         if not has_layer(mixer):
             continue
