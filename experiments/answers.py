@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import sandbox
 import torch
 from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+import sandbox
 from tasks import Row, Task, database, pose
 
 
@@ -205,7 +205,7 @@ def _table(report: str | None, row: Row | None = None) -> list[list[Any]] | None
 
 
 def same_rows(right: list[list[Any]] | None, given: list[list[Any]] | None, ordered: bool) -> bool:
-    """Whether two tables hold the same rows, as often, under some order of the columns; in the same order if `ordered`."""
+    """Whether two tables hold the same rows, as often, with columns in whatever order; rows in order if `ordered`."""
     if right is None or given is None or len(right) != len(given):
         return False
     columns, others = list(zip(*right, strict=True)), list(zip(*given, strict=True))
@@ -217,7 +217,8 @@ def same_rows(right: list[list[Any]] | None, given: list[list[Any]] | None, orde
     def agree(taken: list[int]) -> bool:
         # Column by column, and only on while the rows so far agree: few orders of columns are ever tried.
         number = len(taken)
-        if Counter(zip(*columns[:number], strict=True)) != Counter(zip(*(others[place] for place in taken), strict=True)):
+        given_so_far = zip(*(others[place] for place in taken), strict=True)
+        if Counter(zip(*columns[:number], strict=True)) != Counter(given_so_far):
             return False
         free = [place for place in range(len(others)) if place not in taken]
         return not free or any(agree([*taken, place]) for place in free)

@@ -25,7 +25,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Family:
-    """What LoRA needs to know of an architecture: the paper's targets and rate, and the recurrent layers' projections."""
+    """What LoRA needs to know of an architecture: the paper's targets and rate, the recurrent layers' projections."""
 
     attention: tuple[str, ...]
     mixers: tuple[str, ...]

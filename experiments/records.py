@@ -1,4 +1,4 @@
-"""The files that runs leave: JSON, each written whole or not at all, with all that is needed to know how it was made."""
+"""The files that runs leave: JSON, each written whole or not at all, with what is needed to make it again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,17 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("torch", "transformers", "peft", "peft-s0", "trl", "datasets", "lm-eval", "flash-linear-attention", "mamba-ssm")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "peft-s0",
+    "trl",
+    "datasets",
+    "lm-eval",
+    "flash-linear-attention",
+    "mamba-ssm",
+)
 
 
 def versions() -> dict[str, str]:

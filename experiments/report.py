@@ -1,4 +1,4 @@
-"""All tables and figures, from the JSON files of the runs: the paper's figure beside ours, which is blank where none is.
+"""All tables and figures, from the JSON files of the runs: the paper's figures beside ours, blank where none is.
 
 `python experiments/run.py`, without a table, writes nothing else.
 """
@@ -24,7 +24,7 @@ Planned = tuple[Setting, str, str, Training, float | None]
 
 @dataclass(frozen=True)
 class Figures:
-    """What the seeds of a setting gave, in per cent, and in percentage points over the base model where that was run."""
+    """What the seeds of a setting gave, in per cent; the gain over the base model, if that was run, in points."""
 
     values: dict[str, list[float]]
 
@@ -82,7 +82,10 @@ def markdown(table: Table, rows: list[tuple[Setting, Figures]]) -> str:
     """One table."""
     quantities = [*table.quantities, "gain"]
     units = {"gain": "gain, points"}
-    header = ["", *(f"{units.get(name, f'{name}, %')}: {who}" for name in quantities for who in ("paper", "ours")), "seeds"]
+    header = [""]
+    for name in quantities:
+        header += [f"{units.get(name, f'{name}, %')}: {who}" for who in ("paper", "ours")]
+    header.append("seeds")
     against = next((figures for setting, figures in rows if setting.label == table.reference), None)
     if against is not None:
         header.append(f"p against {table.reference}")
@@ -105,8 +108,8 @@ def markdown(table: Table, rows: list[tuple[Setting, Figures]]) -> str:
     return f"## {table.title}\n\n{text}\n" + (f"\n{table.note}\n" if table.note else "")
 
 
-def draw(table: Table, rows: list[tuple[Setting, Figures]], path: Path) -> None:
-    """Bars of the paper's figures beside ours, with deviations over seeds; as PNG and SVG."""
+def draw(table: Table, rows: list[tuple[Setting, Figures]], ours: str, path: Path) -> None:
+    """Bars of the paper's figures beside ours, of the models `ours`, with deviations over seeds; as PNG and SVG."""
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -121,14 +124,15 @@ def draw(table: Table, rows: list[tuple[Setting, Figures]], path: Path) -> None:
     for offset, who, colour in ((-0.19, "paper", "#9aa5b1"), (0.19, "ours", "#2a6f97")):
         places, values, spreads = [], [], []
         for place, (_, name, (_, figures, published)) in enumerate(bars):
-            ours = (figures.mean(name), figures.spread(name))
+            own = (figures.mean(name), figures.spread(name))
             theirs = (published[name].value, published[name].spread) if name in published else (None, None)
-            value, spread = theirs if who == "paper" else ours
+            value, spread = theirs if who == "paper" else own
             if value is not None:
                 places.append(place + offset)
                 values.append(value)
                 spreads.append(spread or 0.0)
-        drawn = axes.bar(places, values, 0.36, yerr=spreads, capsize=3, label=who, color=colour)
+        label = who if who == "paper" else f"ours ({ours})"
+        drawn = axes.bar(places, values, 0.36, yerr=spreads, capsize=3, label=label, color=colour)
         axes.bar_label(drawn, fmt="%.1f", padding=3, fontsize=8)
     axes.set_xticks(range(len(bars)), [label.replace(", ", ",\n") for label, *_ in bars], fontsize=8)
     axes.set_ylabel("gain over the base model, points" if bars[0][1] == "gain" else "held-out problems, %")
@@ -149,11 +153,9 @@ def write_report(rows: dict[str, list[Planned]], bench_of: Callable[[str, str], 
     for name, planned in rows.items():
         table = TABLES[name]
         found = [(row[0], figures_of(row, bench_of)) for row in planned]
-        models = sorted({f"{model}, {task}" for _, model, task, *_ in planned})
-        draw(table, found, folder / name)
-        sections.append(
-            f"{markdown(table, found)}\nOurs: {'; '.join(models)}.\n\n![{table.title}]({name}.png)\n"
-        )
+        ours = "; ".join(sorted({f"{model}, {task}" for _, model, task, *_ in planned}))
+        draw(table, found, ours, folder / name)
+        sections.append(f"{markdown(table, found)}\nOurs: {ours}.\n\n![{table.title}]({name}.png)\n")
     heading = (
         "# S0 tuning: the paper's figures and ours\n\n"
         "pass@1 is greedy unless samples are named; ± is the standard deviation over seeds; p is of Welch's t-test.\n\n"

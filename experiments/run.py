@@ -12,14 +12,13 @@ import sys
 import warnings
 from pathlib import Path
 
+import datasets
 import torch
 import transformers
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))  # the sandbox and the tiny model are there
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))  # the sandbox and the tiny model
 
 import sandbox
-
 import tiny
 from methods import MODELS, Training
 from paper import TABLES, Setting
@@ -31,7 +30,8 @@ from tasks import TASKS
 def parse(words: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"{', '.join(TABLES)}, or all; none: the report only")
+    tables = f"{', '.join(TABLES)}, or all; none: only the report"
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help=tables)
     parser.add_argument("--model", help="in place of the paper's: 'tiny', a folder, a name on the Hub or in MODELS")
     parser.add_argument("--task", choices=[*TASKS], help="in place of the paper's")
     parser.add_argument("--seeds", type=int, help="the most for a setting, in place of as many as in the paper")
@@ -39,7 +39,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("paper-output"), help="folder for all that is written")
     parser.add_argument("--data", type=Path, help="folder with TASK/SPLIT.jsonl, in place of the Hub")
     parser.add_argument("--databases", type=Path, help="folder 'database' of Spider's archive")
-    parser.add_argument("--convention", choices=["paper", "code"], default="paper", help="alpha in training: alpha, or 1")
+    parser.add_argument(
+        "--convention", choices=["paper", "code"], default="paper", help="alpha in training: alpha, or 1"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="of the model; bfloat16 but on a CPU")
     parser.add_argument("--batch-size", type=int, default=16, help="prompts that are answered at a time")
@@ -96,6 +98,8 @@ def main(words: list[str] | None = None) -> None:
         tiny.write_problems(arguments.output / "problems")
         torch.set_num_threads(1)  # the model is too small for more
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()  # of loading weights
+    datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning)
 
     benches: dict[tuple[str, str], Bench] = {}

@@ -1,4 +1,4 @@
-"""The three steps of every experiment: collect solutions, train an adapter, evaluate it. What is done is not repeated."""
+"""The steps of every experiment: collect solutions, train an adapter, evaluate it. What is done is not repeated."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
-from transformers import set_seed
+from transformers import PrinterCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 import answers
@@ -119,7 +119,9 @@ class Bench:
         return answers.answer(student, self.task, self.rows(part.split), places, sampling, seed, self.databases)
 
 
-def collect(bench: Bench, seed: int, samples: int = SAMPLES, sampling: Sampling = answers.PAPER) -> list[dict[str, Any]]:
+def collect(
+    bench: Bench, seed: int, samples: int = SAMPLES, sampling: Sampling = answers.PAPER
+) -> list[dict[str, Any]]:
     """Solutions that the frozen model itself writes and that pass: at most one a problem, the first of its samples."""
     path = bench.folder / f"solutions-{seed}.json"
     arguments = {**bench.settings, "seed": seed, "samples": samples, **asdict(sampling)}
@@ -206,6 +208,7 @@ def train(bench: Bench, training: Training, seed: int) -> Path:
         processing_class=student.tokenizer,
         callbacks=[S0Callback()] if isinstance(made.config, S0Config) else None,
     )
+    trainer.remove_callback(PrinterCallback)  # the losses are in the record
     average_over_examples(trainer)
     start = time.perf_counter()
     trainer.train()

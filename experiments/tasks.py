@@ -159,7 +159,9 @@ def load(task: Task, split: str, data: Path | None = None, databases: Path | Non
         file = local_file(task, split, data)
         source = str(file)
         if not file.exists():
-            raise FileNotFoundError(f"{task.name}: no file {file}, which should hold the split {split!r} of {task.hub}.")
+            raise FileNotFoundError(
+                f"{task.name}: no file {file}, which should hold the split {split!r} of {task.hub}."
+            )
         rows = load_dataset("json", data_files=str(file), split="train")
     if absent := sorted(task.fields.keys() - {*rows.column_names}):
         raise ValueError(f"{task.name}: {source} must have the columns {sorted(task.fields)}; {absent} not found.")
@@ -192,7 +194,9 @@ def _add_schemas(rows: list[Row], databases: Path | None) -> None:
         if row["db_id"] not in schemas:
             file = database(row["db_id"], databases)
             if not file.exists():
-                raise FileNotFoundError(f"spider: no database {file}; --databases should hold DB/DB.sqlite for each DB.")
+                raise FileNotFoundError(
+                    f"spider: no database {file}; --databases should hold DB/DB.sqlite for each DB."
+                )
             with closing(sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro&immutable=1", uri=True)) as connection:
                 tables = connection.execute("SELECT sql FROM sqlite_master WHERE type = 'table' AND sql IS NOT NULL")
                 schemas[row["db_id"]] = "\n".join(f"{sql};" for (sql,) in tables)

@@ -1,4 +1,4 @@
-"""Says which generated programs are right, by running them in the sandbox: see `sandbox` for what it keeps from them."""
+"""Says which generated programs are right, by running them. See `sandbox` for what is kept from them."""
 
 import ast
 import json

@@ -191,7 +191,9 @@ def allow(allowed: bool, unconfined: bool) -> None:
 @cache
 def _warn_once(complaints: tuple[str, ...]) -> None:
     line = "!" * 100
-    held = f"NOT ALL IS KEPT FROM THEM: {'; '.join(complaints)}." if complaints else (
-        "They have no network, no files, no processes and little memory; a hole in the kernel lets them out."
+    held = (
+        f"NOT ALL IS KEPT FROM THEM: {'; '.join(complaints)}."
+        if complaints
+        else ("They have no network, no files, no processes and little memory; a hole in the kernel lets them out.")
     )
     print(f"{line}\nWARNING: programs that a model writes are run on this machine.\n{held}\n{line}", file=sys.stderr)

@@ -97,7 +97,7 @@ def _enter_namespaces(readable: list[str]) -> None:
     _libc("unshare", flags if user == 0 else flags | _NEW_USER)
     if user != 0:
         for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
-            with open(f"/proc/self/{name}", "w") as file:  # noqa: PTH123
+            with open(f"/proc/self/{name}", "w") as file:
                 file.write(text)
     root = os.getcwd()
     _libc("mount", None, b"/", None, _RECURSIVE | _PRIVATE, None)
