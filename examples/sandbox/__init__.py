@@ -114,7 +114,7 @@ def _run_batch(batch: Sequence[Program], limits: Limits, readable: list[str]) ->
 
 
 _PROBE = """
-import os, socket
+import os
 
 def succeeds(action):
     try:
@@ -128,6 +128,7 @@ def fork():
         os._exit(0)
 
 def interfaces():
+    import socket
     if any(name != "lo" for _, name in socket.if_nameindex()):
         return
     raise OSError
