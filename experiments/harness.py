@@ -73,7 +73,7 @@ def answer(
             model=language_model,
             tasks=[name],
             task_manager=TaskManager(include_defaults=False, include_path=folder),
-            samples={name: list(problems)},
+            samples={name: sorted(problems)},  # in another order it mistakes one for another
             apply_chat_template=student.chat,
             bootstrap_iters=0,
             log_samples=True,

@@ -44,7 +44,7 @@ HOSTILE = {
     "fork bomb": "import os\nwhile True: os.fork()",
     "thread": "import threading\nthreading.Thread(target=print).start()",
     "other program": "import subprocess\nsubprocess.run(['/bin/true'], check=True)",
-    "child that outlives it": "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(30)\n    os._exit(0)",
+    "child that outlives it": "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(30)",
     "exit": "raise SystemExit(0)",
     "sys.exit": "import sys\nsys.exit(0)",
     "hard exit": "import os\nos._exit(0)",
@@ -222,7 +222,7 @@ def test_permission(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monk
     with pytest.raises(PermissionError, match="--allow-code-execution"):
         sandbox.allow(allowed=False, unconfined=True)
     monkeypatch.setattr(sandbox, "missing", lambda: ("network",))
-    with pytest.raises(PermissionError, match="programs can reach the network.*--unconfined"):
+    with pytest.raises(PermissionError, match=r"programs can reach the network.*--unconfined"):
         sandbox.allow(allowed=True, unconfined=False)
     sandbox._warn_once.cache_clear()
     sandbox.allow(allowed=True, unconfined=True)
