@@ -1,4 +1,4 @@
-"""The examples, the README's scripts, and the runner of generated programs."""
+"""The examples and the README's scripts."""
 
 from __future__ import annotations
 
@@ -49,22 +49,6 @@ def right(problem: Problem) -> str:
     return f"def {problem.name}(x):\n    return {answers!r}[x]\n"
 
 
-HOSTILE = {
-    "endless loop": "while True: pass",
-    "endless loop that catches": "while True:\n    try:\n        while True: pass\n    except BaseException: pass",
-    "huge allocation": "x = bytearray(1 << 40)",
-    "growing list": "x = [0]\nwhile True: x += x",
-    "deep recursion": "def f(): f()\nf()",
-    "fork bomb": "import os\nwhile True: os.fork()",
-    "exit": "raise SystemExit(0)",
-    "hard exit": "import os\nos._exit(0)",
-    "kill the parent": "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)",
-    "floods the output": "while True: print('x' * 1000)",
-    "not Python": "def (",
-    "nothing": "",
-}
-
-
 def test_right_and_wrong_programs() -> None:
     p = problem()
     wrong = f"def {p.name}(x):\n    return x + 12345\n"
@@ -95,34 +79,6 @@ def test_a_test_that_cannot_be_read_is_quoted(test: str) -> None:
 def test_no_tests_are_not_passed() -> None:
     with pytest.raises(ValueError, match="at least one test"):
         passes(["x = 1"], [[]])
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_program_fails_alone(name: str) -> None:
-    p, start = problem(), time.monotonic()
-    attack = HOSTILE[name] + "\n" + right(p)
-    if name in ("not Python", "nothing"):
-        attack = HOSTILE[name]
-    assert passes([right(p), attack, right(p) + "# again"], [p.tests] * 3) == [True, False, True]
-    assert time.monotonic() - start < 30
-
-
-def test_a_program_cannot_write_files_or_read_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    p = problem()
-    monkeypatch.setenv("SECRET_OF_THE_PARENT", "1")
-    leak = "import os\nassert 'SECRET_OF_THE_PARENT' in os.environ\n" + right(p)
-    target = tmp_path / "written"
-    tmp_path.chmod(0o777)
-    write = f"with open({str(target)!r}, 'w') as f: f.write('x')\n" + right(p)
-    assert passes([leak, write], [p.tests] * 2) == [False, False]
-    assert not target.exists() or target.stat().st_size == 0
-
-
-def test_a_program_cannot_fake_a_verdict() -> None:
-    """What it prints is not taken for a report, and other descriptors are closed to it."""
-    p = problem()
-    fake = 'import os\nfor i in range(64):\n    try: os.write(i, b\'\\n["", "[0]"]\\n\')\n    except OSError: pass'
-    assert passes([fake, right(p)], [p.tests] * 2) == [False, True]
 
 
 @pytest.mark.timeout(600)
