@@ -90,9 +90,7 @@ class S0Model(BaseTuner):
         return found is not None and int(found.group(1)) in ([layers] if isinstance(layers, int) else layers)
 
     def _prepare_adapter_config(self, peft_config: S0Config, model_config: dict[str, Any]) -> S0Config:
-        mixers = dict(_mixers(self.model))
-        if not mixers:
-            raise NoMatchingPeftModuleError(_no_mixers(self.model))
+        mixers = recurrent_mixers(self.model)
         if peft_config.target_modules is None:
             # Written into the config, which is what is saved: loading needs the names.
             others = {name for name, _ in self.model.named_modules() if name and name not in mixers}
@@ -534,6 +532,18 @@ def _mixers(model: nn.Module) -> Iterator[tuple[str, Mixer]]:
         declaration = find_mixer(type(module))
         if declaration is not None:
             yield name, declaration
+
+
+def recurrent_mixers(model: nn.Module) -> dict[str, Mixer]:
+    """The recurrent mixers of a model, by their names.
+
+    Raises:
+        NoMatchingPeftModuleError: if there are none; the message says why.
+    """
+    mixers = dict(_mixers(model))
+    if not mixers:
+        raise NoMatchingPeftModuleError(_no_mixers(model))
+    return mixers
 
 
 def _no_mixers(model: nn.Module) -> str:

@@ -1,0 +1,106 @@
+"""Files and folders that are there whole or not at all, and files that are in a folder or on the Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+
+def find_file(source: str | Path, name: str, subfolder: str | None = None, **options: Any) -> Path | None:
+    """A file of a folder or of a Hub repository, downloaded if it is on the Hub; None if it is not there.
+
+    Args:
+        source: folder or Hub id.
+        name: name of the file.
+        subfolder: folder below the source that holds it.
+        options: `revision`, `token` and the like, for the Hub.
+
+    Raises:
+        LocalEntryNotFoundError: if the Hub does not answer and the file is not in the cache.
+    """
+    folder = Path(source, subfolder or "")
+    if folder.is_dir():
+        return folder / name if (folder / name).is_file() else None
+    try:
+        return Path(hf_hub_download(str(source), name, subfolder=subfolder, **options))
+    except LocalEntryNotFoundError:
+        raise
+    except EntryNotFoundError:
+        return None
+
+
+def check_place(place: str | Path, overwrite: bool, own: Collection[str] | None = None) -> None:
+    """Refuse a place to write to in which something would be lost.
+
+    Args:
+        place: file or folder that is to be written.
+        overwrite: whether what is there may be replaced.
+        own: for a folder, names of the files that may be in one that is replaced; None for a file.
+
+    Raises:
+        FileExistsError: if there is something that may not be replaced; the message names it and says what to do.
+    """
+    place = Path(place)
+    if not place.exists():
+        return
+    if (own is None) is place.is_dir():
+        raise FileExistsError(f"'{place}' is a {'folder' if own is None else 'file'}; choose another name to write to.")
+    if own is None or any(place.iterdir()):
+        if not overwrite:
+            raise FileExistsError(f"'{place}' exists already. Choose another name, or replace it with overwrite=True.")
+        others = sorted({path.name for path in place.iterdir()} - set(own)) if own is not None else []
+        if others:
+            raise FileExistsError(
+                f"'{place}' holds '{others[0]}', which is not among the files that are written there and would be "
+                "lost. Choose another name, or move it."
+            )
+
+
+@contextmanager
+def new_folder(folder: str | Path, overwrite: bool, own: Collection[str]) -> Iterator[Path]:
+    """A folder to write into that takes its name when the block ends, and never if it raises.
+
+    Args:
+        folder: its name.
+        overwrite: see `check_place`.
+        own: see `check_place`.
+
+    Raises:
+        FileExistsError: see `check_place`.
+    """
+    check_place(folder, overwrite, own)
+    folder = Path(folder).resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent, prefix=".writing-") as temporary:
+        place = Path(temporary) / "new" / folder.name  # model cards say the folder's name
+        place.mkdir(parents=True)
+        yield place
+        if folder.exists():
+            folder.rename(Path(temporary) / "replaced")
+        place.rename(folder)
+
+
+@contextmanager
+def new_file(file: str | Path, overwrite: bool) -> Iterator[Path]:
+    """A file to write to that takes its name when the block ends, and never if it raises.
+
+    Args:
+        file: its name.
+        overwrite: see `check_place`.
+
+    Raises:
+        FileExistsError: see `check_place`.
+    """
+    check_place(file, overwrite)
+    file = Path(file).resolve()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=file.parent, prefix=".writing-") as temporary:
+        place = Path(temporary) / file.name
+        yield place
+        place.replace(file)
