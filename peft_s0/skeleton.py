@@ -6,7 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from accelerate import init_empty_weights
+import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -26,7 +26,7 @@ def without_weights(base_model: PreTrainedModel | str | Path, trust_remote_code:
     """
     if isinstance(base_model, (str, Path)):
         config = AutoConfig.from_pretrained(str(base_model), trust_remote_code=trust_remote_code)
-        with init_empty_weights():
+        with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     if getattr(base_model, "peft_config", None):
         raise ValueError(
@@ -38,7 +38,7 @@ def without_weights(base_model: PreTrainedModel | str | Path, trust_remote_code:
             "The base model must be a model of transformers, its folder or its Hub id, got "
             f"{type(base_model).__name__}."
         )
-    with init_empty_weights():
+    with torch.device("meta"):
         return type(base_model)(copy.deepcopy(base_model.config))
 
 
