@@ -1,0 +1,366 @@
+"""The commands: what they are called with, and what they say. What they do is in peft_s0 and beside this file."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from .program import Program, find_script
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+_HELP = """
+Adapters of S0 tuning on the command line.
+
+ADAPTER is a folder, or the id of a repository on the Hugging Face Hub.
+
+Exit codes: 0 all is well; 1 bad input, with one line on stderr that says what is wrong; 2 wrong usage. diff, run and
+train have their own, which their help says.
+"""
+
+app = typer.Typer(
+    help=_HELP,
+    no_args_is_help=True,
+    rich_markup_mode=None,  # plain text, which is the same in every terminal, and quicker
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+
+class Format(str, Enum):
+    """File formats of others."""
+
+    S0_TUNING = "s0-tuning"
+    RWKV = "rwkv"
+
+
+class Dtype(str, Enum):
+    """What RWKV's states are written in."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder or Hub id of a saved S0 adapter.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Where to write.", show_default=False)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
+Subfolder = Annotated[str | None, typer.Option(help="Folder below it that holds the files.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code of the base model's repository, to make its modules.")
+]
+BaseModel = Annotated[
+    str | None,
+    typer.Option(
+        "--base-model",
+        "-b",
+        help="Folder or Hub id of the base model, of which the config alone is read. Default: the adapter's own.",
+    ),
+]
+
+
+def _say(kind: str, message: object) -> None:
+    typer.echo(f"peft-s0: {kind}: {' '.join(str(message).split())}", err=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Warnings of this package in a line each; none of other packages' remarks to programmers."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            yield
+        finally:
+            for warning in caught:
+                if warning.category is UserWarning:
+                    _say("warning", warning.message)
+
+
+def _reports_errors(code: int = 1) -> Callable[[_Command], _Command]:
+    """Let a command end in one line and an exit code for what is wrong with its input, without a traceback."""
+
+    def decorate(command: _Command) -> _Command:
+        @functools.wraps(command)
+        def reporting(*args: Any, **kwargs: Any) -> None:
+            try:
+                with _quiet():
+                    command(*args, **kwargs)
+            # Also what transformers and the Hub's client raise for names and files that are not there.
+            except (ValueError, TypeError, OSError, ImportError) as error:
+                _say("error", error)
+                raise typer.Exit(code) from None
+
+        return reporting  # type: ignore[return-value]
+
+    return decorate
+
+
+def _hub_options(revision: str | None, subfolder: str | None) -> dict[str, str]:
+    options = {"revision": revision, "subfolder": subfolder}
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"peft-s0 {version('peft-s0')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+_INSPECT = """
+\b
+Examples:
+  peft-s0 inspect my-task
+  peft-s0 inspect me/my-task --revision v1 --json
+  peft-s0 inspect my-task --plot norms.png
+"""
+
+
+@app.command(short_help="What is in an adapter.", epilog=_INSPECT)
+@_reports_errors()
+def inspect(
+    adapter: Adapter,
+    base_model: BaseModel = None,
+    as_json: AsJson = False,
+    revision: Revision = None,
+    subfolder: Subfolder = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Say what is in an adapter: its config, its layers, and how large the states of their heads are.
+
+    Norms are Frobenius norms of a head's state, unscaled as it is stored; a low-rank state is multiplied out, for which
+    the base model's config is needed.
+    """
+    from .reports import inspection, read, show_inspection
+
+    found = inspection(read(adapter, base_model, trust_remote_code, **_hub_options(revision, subfolder)))
+    typer.echo(json.dumps(found, indent=2) if as_json else show_inspection(found))
+
+
+_DIFF = """
+Exit codes: 0 the adapters are the same, bit for bit; 1 they are not; 2 they cannot be compared, or wrong usage.
+
+\b
+Examples:
+  peft-s0 diff my-task my-task-seed-1
+  peft-s0 diff my-task me/my-task --json
+"""
+
+
+@app.command(short_help="How two adapters differ.", epilog=_DIFF)
+@_reports_errors(code=2)
+def diff(
+    first: Annotated[str, typer.Argument(metavar="A", help="Folder or Hub id of a saved S0 adapter.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
+    base_model: BaseModel = None,
+    as_json: AsJson = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Compare two adapters: the fields of their configs that differ, and layer by layer how far apart the states are.
+
+    States are compared unscaled, as they are stored: the norm of their difference relative to that of A, and the cosine
+    of the angle between them. Of the config, versions and what PEFT records of classes do not count.
+    """
+    from .reports import compare, read, show_comparison
+
+    found = compare(read(first, base_model, trust_remote_code), read(second, base_model, trust_remote_code))
+    typer.echo(json.dumps(found, indent=2) if as_json else show_comparison(found))
+    if not found["same"]:
+        raise typer.Exit(1)
+
+
+_IMPORT = """
+\b
+Examples:
+  peft-s0 import JackYoung27/s0-tuning-qwen3.5-4b-humaneval -b Qwen/Qwen3.5-4B -o humaneval
+  peft-s0 import state.pth -b fla-hub/rwkv7-1.5B-world -o my-task
+"""
+
+
+@app.command("import", short_help="Make an adapter of another program's states.", epilog=_IMPORT)
+@_reports_errors()
+def import_(
+    source: Annotated[
+        str, typer.Argument(help="Folder or Hub id of the s0-tuning library's files, or a .pth file of RWKV.")
+    ],
+    base_model: Annotated[
+        str,
+        typer.Option(
+            "--base-model",
+            "-b",
+            help="Folder or Hub id of the base model, of which the config alone is read.",
+            show_default=False,
+        ),
+    ],
+    output: Output,
+    form: Annotated[
+        Format | None, typer.Option("--format", help="Default: rwkv for a .pth file, s0-tuning for all else.")
+    ] = None,
+    overwrite: Overwrite = False,
+    revision: Revision = None,
+    subfolder: Subfolder = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Make an adapter of states of another program: the s0-tuning library of the paper's authors, or RWKV's time_state.
+
+    docs/importing.md says what becomes of what. Nothing is written unless all of it fits the base model.
+    """
+    from peft_s0.convert import import_rwkv, import_s0_tuning
+
+    how: dict[str, Any] = {"overwrite": overwrite, "trust_remote_code": trust_remote_code}
+    options = _hub_options(revision, subfolder)
+    if form is Format.RWKV or (form is None and source.endswith(".pth")):
+        if options:
+            raise typer.BadParameter("--revision and --subfolder are for the Hub; RWKV's .pth must be a local file.")
+        import_rwkv(source, output, base_model, **how)
+    else:
+        import_s0_tuning(source, output, base_model, **how, **options)
+    typer.echo(f"{output}")
+
+
+_EXPORT = """
+\b
+Examples:
+  peft-s0 export my-task -o for-s0-tuning
+  peft-s0 export me/rwkv-task -o state.pth --dtype bfloat16
+"""
+
+
+@app.command(short_help="Write states for another program.", epilog=_EXPORT)
+@_reports_errors()
+def export(
+    adapter: Adapter,
+    output: Output,
+    form: Annotated[
+        Format | None, typer.Option("--format", help="Default: rwkv if OUTPUT is a .pth file, s0-tuning for all else.")
+    ] = None,
+    base_model: BaseModel = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of RWKV's states; bfloat16 rounds.")] = Dtype.FLOAT32,
+    overwrite: Overwrite = False,
+    revision: Revision = None,
+    subfolder: Subfolder = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Write an adapter's states for another program: a folder for the s0-tuning library, or a .pth file for RWKV.
+
+    docs/importing.md says what becomes of what, and what has no place there.
+    """
+    import torch
+
+    from peft_s0.convert import export_rwkv, export_s0_tuning
+
+    how: dict[str, Any] = {"overwrite": overwrite, "trust_remote_code": trust_remote_code}
+    how |= _hub_options(revision, subfolder)
+    if form is Format.RWKV or (form is None and output.suffix == ".pth"):
+        export_rwkv(adapter, output, base_model, dtype=getattr(torch, dtype.value), **how)
+    else:
+        export_s0_tuning(adapter, output, base_model, **how)
+    typer.echo(f"{output}")
+
+
+_RUN = """
+\b
+Examples:
+  peft-s0 run evaluate.py --adapter my-task
+  peft-s0 run lm_eval --model hf --model_args pretrained=Qwen/Qwen3.5-4B,peft=my-task --tasks gsm8k
+  peft-s0 run -m lm_eval --model hf --model_args pretrained=Qwen/Qwen3.5-4B,peft=my-task --tasks gsm8k
+
+\b
+`python -m peft_s0` is the same as `peft-s0`, for launchers that start modules in processes of their own:
+  torchrun --nproc-per-node 8 -m peft_s0 run evaluate.py
+  accelerate launch -m peft_s0 run evaluate.py
+
+S0 is registered in this process and in those that it forks. A process that it starts anew (subprocess, multiprocessing
+with "spawn", a launcher) is another interpreter, which knows S0 only if its own program imports peft_s0, or if it is
+started as `python -m peft_s0 run` itself. Engines that read adapters by themselves, such as vLLM's LoRA, do not ask
+PEFT and are not helped.
+
+Exit code: that of the program.
+"""
+
+
+@app.command(
+    short_help="Run another program with S0 registered.",
+    epilog=_RUN,
+    context_settings={"allow_interspersed_args": False},
+)
+@_reports_errors()
+def run(
+    program: Annotated[
+        str,
+        typer.Argument(metavar="SCRIPT", help="A script, a command that is written in Python, or with -m a module."),
+    ],
+    arguments: Annotated[list[str] | None, typer.Argument(help="Its arguments, as they are.")] = None,
+    module: Annotated[bool, typer.Option("-m", help="SCRIPT is a module, as behind python -m.")] = False,
+) -> None:
+    """Run another program in Python that loads S0 adapters but does not know of S0.
+
+    PEFT finds S0 in a process once peft_s0 is imported there. This imports it, and then runs the program as the
+    interpreter would, with its own arguments, search path and exit code.
+    """
+    raise Program(program if module else find_script(program), arguments or [], module)
+
+
+_TRAIN = """
+\b
+Examples:
+  peft-s0 train                     # the tiny model that comes along, half a minute on a CPU
+  peft-s0 train --model_name_or_path Qwen/Qwen3.5-4B --dataset_name solutions.jsonl --output_dir my-task
+  peft-s0 train -- --help           # all options
+
+Needs TRL: pip install 'peft-s0[trl]'. On several devices: torchrun -m peft_s0 train ...
+
+Exit code: that of the script, 1 if it raises.
+"""
+
+
+@app.command(
+    short_help="Tune states on a dataset.",
+    epilog=_TRAIN,
+    context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True},
+)
+@_reports_errors()
+def train(arguments: Annotated[list[str] | None, typer.Argument(help="Options of examples/sft.py.")] = None) -> None:
+    """Tune states on a dataset: examples/sft.py, TRL's script for supervised tuning with S0's options.
+
+    Its defaults are the paper's recipe.
+    """
+    if importlib.util.find_spec("trl") is None:
+        raise ImportError("train needs TRL: pip install 'peft-s0[trl]'")
+    raise Program(str(_find_example("sft.py")), arguments or [], False)
+
+
+def _find_example(name: str) -> Path:
+    """A script of examples/: beside the package in a checkout, in it where it was installed from a wheel.
+
+    Raises:
+        OSError: if it is not there.
+    """
+    package = importlib.util.find_spec("peft_s0")
+    assert package is not None
+    assert package.origin is not None
+    folder = Path(package.origin).parent
+    for place in (folder / "examples", folder.parent / "examples"):
+        if (place / name).is_file():
+            return place / name
+    raise FileNotFoundError(f"This installation has no examples/{name}; install peft-s0 from a wheel or a checkout.")
