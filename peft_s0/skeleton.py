@@ -63,8 +63,8 @@ def load_without_weights(
         ValueError: if it is no S0 adapter, does not fit the model, or does not name one.
     """
     config = load_config(adapter, **options)
-    base_model = config.base_model_name_or_path if base_model is None else base_model
-    if base_model is None:
+    base_model = base_model or config.base_model_name_or_path
+    if not base_model:
         raise ValueError(f"'{adapter}' does not say which base model it is for; name the base model.")
     base = without_weights(base_model, trust_remote_code)
     return PeftModel.from_pretrained(base, str(adapter), config=config, **options).eval()

@@ -228,7 +228,7 @@ def import_(
     from peft_s0.convert import import_rwkv, import_s0_tuning
 
     how: dict[str, Any] = {"overwrite": overwrite, "trust_remote_code": trust_remote_code}
-    options = _hub_options(revision, subfolder)
+    options: dict[str, Any] = _hub_options(revision, subfolder)
     if form is Format.RWKV or (form is None and source.endswith(".pth")):
         if options:
             raise typer.BadParameter("--revision and --subfolder are for the Hub; RWKV's .pth must be a local file.")

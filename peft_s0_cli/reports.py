@@ -204,7 +204,7 @@ def show_comparison(found: dict[str, Any]) -> str:
         else:
             cosine = "-" if layer["cosine"] is None else f"{layer['cosine']:.6f}"
             rows.append((layer["name"], _number(layer["distance"]), cosine))
-    return "\n".join([*lines, "", *_table(rows)])
+    return "\n".join([*lines, *(["", *_table(rows)] if len(rows) > 1 else [])])
 
 
 def _number(value: float | None) -> str:

@@ -1,0 +1,547 @@
+"""The command line: what the commands print, their exit codes, and programs that are run with S0 registered."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import MAIN, Architecture
+from conftest import tune
+from hub import Hub, Repository
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from test_convert import contents, save
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner, Result
+
+from peft_s0 import S0Config
+from peft_s0_cli import app, main
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+
+from miniature.base import load_base, load_tokenizer  # noqa: E402
+from miniature.task import problems  # noqa: E402
+
+QWEN, FALCON = MAIN
+RUN = [sys.executable, "-c", "from peft_s0_cli import main; main()"]
+
+
+def call(*arguments: object, code: int = 0) -> Result:
+    """A command in this process."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, (result.output, result.stderr)
+    return result
+
+
+def failure(*arguments: object, code: int = 1) -> str:
+    """The one line that a command ends in."""
+    result = call(*arguments, code=code)
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def base(architecture: Architecture, tmp_path: Path) -> Path:
+    architecture.build().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def save_adapter(
+    folder: Path, architecture: Architecture, base: Path | None = None, seed: int = 0, **config: Any
+) -> None:
+    model = tune(architecture, **config).model
+    for number, layer in enumerate(model.base_model.tuner_layers()):
+        weight = layer.s0_state["default"].weight
+        weight.normal_(generator=torch.Generator().manual_seed(100 * seed + number))
+    model.peft_config["default"].base_model_name_or_path = None if base is None else str(base)
+    model.save_pretrained(folder)
+
+
+def states_of(folder: Path) -> dict[str, torch.Tensor]:
+    """States in the order of the layers, by the mixers' names."""
+    states = load_file(folder / "adapter_model.safetensors")
+    return {name.removeprefix("base_model.model.").removesuffix(".s0.s0_state.weight"): states[name] for name in states}
+
+
+def test_help_is_there_before_torch_is_imported() -> None:
+    script = """
+import sys
+from peft_s0_cli import main
+sys.argv = ["peft-s0", "--help"]
+try:
+    main()
+finally:
+    print("torch" in sys.modules, "peft_s0" in sys.modules)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout.endswith("False False\n")
+    for name in ("inspect", "diff", "import", "export", "run", "train"):
+        assert re.search(rf"^  {name} ", run.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", ["inspect", "diff", "import", "export", "run", "train"])
+def test_every_command_has_help_with_examples(command: str) -> None:
+    assert f"Examples:\n    peft-s0 {command}" in call(command, "--help").stdout
+
+
+def test_the_version_and_wrong_usage() -> None:
+    assert re.fullmatch(r"peft-s0 \d+\.\d+\.\d+\n", call("--version").stdout)
+    for arguments in (["nothing"], ["inspect"], ["inspect", "a", "b"], ["diff", "a"], ["import", "a", "-o", "b"]):
+        assert "Usage: " in call(*arguments, code=2).stderr
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_inspect(architecture: Architecture, base: Path, tmp_path: Path, rank: int | None) -> None:
+    folder = tmp_path / "adapter"
+    save_adapter(folder, architecture, base, alpha=0.25, rank=rank, train_alpha=1.0)
+    found = json.loads(call("inspect", folder, "--json").stdout)
+    size = (folder / "adapter_model.safetensors").stat().st_size
+    stored = states_of(folder)
+    assert (found["base_model"], found["variant"], found["alpha"], found["rank"]) == (str(base), "initial", 0.25, rank)
+    assert (found["train_alpha"], found["normalize"], found["bytes"], found["others"]) == (1.0, False, size, {})
+    assert found["parameters"] == sum(state.numel() for state in stored.values())
+    assert [layer["name"] for layer in found["layers"]] == sorted(stored)
+    heads, rows, columns = found["layers"][0]["shape"]
+    for layer in found["layers"]:
+        state = stored[layer["name"]]
+        if rank is not None:
+            state = torch.einsum("hir,hjr->hij", *state.split([rows, columns], dim=1))
+        assert layer["shape"] == list(state.shape) == [heads, rows, columns]
+        norms = [math.sqrt(float((head * head).sum())) for head in state]
+        assert layer["head_norms"] == pytest.approx(norms, rel=1e-5)
+        assert layer["max_norm"] == pytest.approx(max(norms), rel=1e-5)
+        assert layer["mean_norm"] == pytest.approx(sum(norms) / len(norms), rel=1e-5)
+    text = call("inspect", folder).stdout
+    assert f"base model   {base}\n" in text
+    assert f"parameters   {found['parameters']:,}\n" in text
+    for layer in found["layers"]:
+        shown = f"{layer['mean_norm']:.4g}", f"{layer['max_norm']:.4g}"
+        assert re.search(rf"^{layer['name']} +4 x {rows} x {columns} +{shown[0]} +{shown[1]}$", text, re.MULTILINE)
+
+
+def test_inspect_without_a_base_model(tmp_path: Path) -> None:
+    """It is read from the file alone, unless states are of low rank."""
+    save_adapter(tmp_path / "full", QWEN)
+    save_adapter(tmp_path / "low", QWEN, rank=2)
+    assert "base model   not said" in call("inspect", tmp_path / "full").stdout
+    assert "does not say which base model it is for; name the base model" in failure("inspect", tmp_path / "low")
+    QWEN.build().save_pretrained(tmp_path / "base")
+    assert "rank         2\n" in call("inspect", tmp_path / "low", "--base-model", tmp_path / "base").stdout
+
+
+def test_layers_are_listed_in_the_order_of_the_model(tmp_path: Path) -> None:
+    save_adapter(tmp_path / "adapter", QWEN)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    states = load_file(file)
+    first = sorted(states)[0]
+    save_file({**states, first.replace("layers.0", "layers.10"): states[first].clone()}, file)
+    layers = json.loads(call("inspect", tmp_path / "adapter", "--json").stdout)["layers"]
+    assert [layer["name"].split(".")[2] for layer in layers] == ["0", "1", "2", "10"]
+
+
+def test_what_inspect_refuses(tmp_path: Path) -> None:
+    save_adapter(tmp_path / "adapter", QWEN)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-8])
+    assert "is not a whole safetensors file" in failure("inspect", tmp_path / "adapter")
+    states = {name: state / 0 for name, state in states_of_file(whole, tmp_path).items()}
+    save_file(states, file)
+    assert re.search(
+        r"error: The state '.*' has \d+ of 512 values that are NaN or infinite", failure("inspect", file.parent)
+    )
+    file.unlink()
+    assert failure("inspect", file.parent).endswith(
+        "has no adapter_model.safetensors; save the adapter with save_pretrained."
+    )
+    config = json.loads((file.parent / "adapter_config.json").read_text())
+    (file.parent / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "LORA"}))
+    assert call("inspect", file.parent, code=1).stderr.endswith(
+        "holds an adapter of the method PeftType.LORA, expected S0.\n"
+    )
+    assert failure("inspect", tmp_path / "none").startswith("peft-s0: error: Can't find 'adapter_config.json' at")
+
+
+def states_of_file(content: bytes, folder: Path) -> dict[str, torch.Tensor]:
+    (folder / "whole.safetensors").write_bytes(content)
+    return load_file(folder / "whole.safetensors")
+
+
+def test_diff(architecture: Architecture, tmp_path: Path) -> None:
+    a, b = tmp_path / "a", tmp_path / "b"
+    save_adapter(a, architecture, alpha=0.25)
+    save_adapter(b, architecture, alpha=0.25)
+    assert "The same, in all of" in call("diff", a, b).stdout
+    assert json.loads(call("diff", a, b, "--json").stdout)["same"] is True
+
+    save_adapter(b, architecture, alpha=0.5, seed=1)
+    found = json.loads(call("diff", a, b, "--json", code=1).stdout)
+    assert found["same"] is False
+    assert found["config"] == {"alpha": [0.25, 0.5]}
+    assert found["only_in"] == [[], []]
+    assert len(found["layers"]) == architecture.states
+    text = call("diff", a, b, code=1).stdout
+    assert "alpha: 0.25 in A, 0.5 in B\n" in text
+    for layer in found["layers"]:
+        x, y = (states_of(folder)[layer["name"]].double().flatten() for folder in (a, b))
+        assert layer["distance"] == pytest.approx(math.sqrt(float(((x - y) ** 2).sum() / (x**2).sum())), rel=1e-9)
+        assert layer["cosine"] == pytest.approx(float(torch.cosine_similarity(x, y, dim=0)), rel=1e-9)
+        shown = f"{layer['distance']:.4g} +{layer['cosine']:.6f}"
+        assert re.search(rf"^{re.escape(layer['name'])} +{shown}$", text, re.MULTILINE)
+
+
+def test_a_difference_in_one_bit_of_one_state(tmp_path: Path) -> None:
+    for name in "ab":
+        save_adapter(tmp_path / name, QWEN)
+    file = tmp_path / "b" / "adapter_model.safetensors"
+    states = load_file(file)
+    first = sorted(states)[0]
+    states[first][0, 0, 0] = torch.nextafter(states[first][0, 0, 0], torch.tensor(9.0))
+    save_file(states, file)
+    found = json.loads(call("diff", tmp_path / "a", tmp_path / "b", "--json", code=1).stdout)
+    assert [layer["same"] for layer in found["layers"]] == [False, True, True]
+    assert found["layers"][0]["distance"] < 1e-6
+
+
+def test_diff_of_other_layers_shapes_and_weights(tmp_path: Path) -> None:
+    for name in "ab":
+        save_adapter(tmp_path / name, QWEN)
+    file = tmp_path / "b" / "adapter_model.safetensors"
+    states = load_file(file)
+    first, second, third = sorted(states)
+    states[first] = states[first][:2].contiguous()
+    states[second] = torch.zeros_like(states[second])
+    states["base_model.model.lm_head.weight"] = torch.zeros(2)
+    del states[third]
+    save_file(states, file)
+    text = call("diff", tmp_path / "a", tmp_path / "b", code=1).stdout
+    assert "model.layers.0.linear_attn: [4, 16, 8] in A, [2, 16, 8] in B\n" in text
+    assert "model.layers.2.linear_attn: only in A\n" in text
+    assert "base_model.model.lm_head.weight: differs\n" in text
+    assert re.search(r"^model\.layers\.1\.linear_attn +1 +-$", text, re.MULTILINE)
+    # Relative to A, where A is zero, there is no distance.
+    assert re.search(
+        r"^model\.layers\.1\.linear_attn +- +-$",
+        call("diff", tmp_path / "b", tmp_path / "a", code=1).stdout,
+        re.MULTILINE,
+    )
+
+
+def test_what_cannot_be_compared(tmp_path: Path) -> None:
+    save_adapter(tmp_path / "a", QWEN)
+    assert "Can't find 'adapter_config.json'" in failure("diff", tmp_path / "a", tmp_path / "none", code=2)
+
+
+def test_import_and_export(architecture: Architecture, base: Path, tmp_path: Path) -> None:
+    save(tmp_path / "theirs", architecture)
+    adapter, again = tmp_path / "adapter", tmp_path / "again"
+    assert call("import", tmp_path / "theirs", "-b", base, "-o", adapter).stdout == f"{adapter}\n"
+    assert call("export", adapter, "--output", again).stdout == f"{again}\n"
+    assert contents(again) == contents(tmp_path / "theirs")
+    assert f"'{adapter}' exists already" in failure("import", tmp_path / "theirs", "-b", base, "-o", adapter)
+    call("import", tmp_path / "theirs", "-b", base, "-o", adapter, "--overwrite")
+    assert f"'{again}' exists already" in failure("export", adapter, "-o", again)
+    call("export", adapter, "-o", again, "--overwrite", "--format", "s0-tuning")
+    assert contents(again) == contents(tmp_path / "theirs")
+
+
+def test_warnings_are_lines_of_their_own(base: Path, architecture: Architecture, tmp_path: Path) -> None:
+    save(tmp_path / "theirs", architecture)
+    (tmp_path / "theirs" / "meta.json").write_text('{"state_shape": [1]}')
+    result = call("import", tmp_path / "theirs", "-b", base, "-o", tmp_path / "adapter")
+    assert re.fullmatch(r"peft-s0: warning: '.*': state_shape in meta\.json is \[1\], but .* count\.\n", result.stderr)
+
+
+def test_rwkv_files(base: Path, tmp_path: Path) -> None:
+    """How they are told from others; what is in them is tested with fla, in tests/kernels/test_rwkv_states.py."""
+    torch.save({"emb.weight": torch.zeros(1)}, tmp_path / "state.pth")
+    for source, options in (("state.pth", []), ("state", ["--format", "rwkv"])):
+        (tmp_path / source).write_bytes((tmp_path / "state.pth").read_bytes())
+        line = failure("import", tmp_path / source, "-b", base, "-o", tmp_path / "out", *options)
+        assert "holds 'emb.weight', expected states only" in line
+    assert "must be a local file" in call(
+        "import", "state.pth", "-b", base, "-o", "out", "--revision", "main", code=2
+    ).stderr.replace("\n│", "")
+    save_adapter(tmp_path / "adapter", QWEN, base)
+    assert "need flash-linear-attention" in failure("export", tmp_path / "adapter", "-o", tmp_path / "out.pth")
+
+
+# What it runs is asked about itself.
+ABOUT = """
+import json, sys
+print(json.dumps({
+    "argv": sys.argv, "path": sys.path[0], "name": __name__, "file": __file__, "main": sys.modules["__main__"].__file__,
+    "registered": "peft_s0" in sys.modules,
+}))
+"""
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
+    """`peft-s0` in this process, with its search path and arguments put back afterwards."""
+
+    def start(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["peft-s0", *map(str, arguments)])
+        monkeypatch.setattr(sys, "path", ["/where/peft-s0/is", *sys.path])
+        capsys.readouterr()
+        main()
+        return capsys.readouterr().out
+
+    monkeypatch.chdir(tmp_path)
+    return start
+
+
+def test_a_script_is_run_as_by_the_interpreter(start: Any, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "beside.py").write_text("WORD = 'imported'")
+    script = tmp_path / "folder" / "script.py"
+    script.write_text(ABOUT + "import beside; print(beside.WORD); raise SystemExit(7)")
+    with pytest.raises(SystemExit) as ended:
+        start("run", "folder/script.py", "-m", "--help", "x y")
+    assert ended.value.code == 7
+    # The same, asked of the interpreter, but for the registration.
+    expected = subprocess.run(
+        [sys.executable, "folder/script.py", "-m", "--help", "x y"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert expected.returncode == 7
+    about = json.loads(expected.stdout.splitlines()[0])
+    assert about.pop("registered") is False
+    assert about["argv"] == ["folder/script.py", "-m", "--help", "x y"]
+    script.write_text(ABOUT)
+    found = json.loads(start("run", "folder/script.py", "-m", "--help", "x y"))
+    assert found.pop("registered") is True
+    assert {name: Path(tmp_path, value) if name in ("file", "main") else value for name, value in found.items()} == {
+        name: Path(tmp_path, value) if name in ("file", "main") else value for name, value in about.items()
+    }
+
+
+def test_a_module_is_run_as_by_the_interpreter(start: Any, tmp_path: Path) -> None:
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").write_text("")
+    (tmp_path / "package" / "__main__.py").write_text(ABOUT)
+    expected = subprocess.run([sys.executable, "-m", "package", "-m"], cwd=tmp_path, capture_output=True, text=True)
+    found, about = json.loads(start("run", "-m", "package", "-m")), json.loads(expected.stdout)
+    assert (found.pop("registered"), about.pop("registered")) == (True, False)
+    assert found == about
+
+
+def test_what_cannot_be_run(start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "no script 'none.py' and no command of that name" in failure("run", "none.py")
+    (tmp_path / "bin").mkdir()
+    for name, content in (("shell", "#!/bin/sh\n"), ("binary", "\x7fELF")):
+        (tmp_path / "bin" / name).write_text(content)
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    for name in ("shell", "binary"):
+        assert f"/bin/{name}' is no script in Python" in failure("run", name)
+    for name in ("none", "none.at.all"):
+        with pytest.raises(SystemExit, match=f"peft-s0: error: There is no module '{name}'"):
+            start("run", "-m", name)
+    command = tmp_path / "bin" / "command"
+    command.write_text(f"#!{sys.executable}\n{ABOUT}")
+    command.chmod(0o755)
+    assert json.loads(start("run", "command", "x"))["argv"] == [str(command), "x"]
+
+
+def test_errors_of_a_program_are_its_own(start: Any, tmp_path: Path) -> None:
+    """Also those that a command would turn into one line, and an interrupt."""
+    for error in ("ValueError", "KeyboardInterrupt"):
+        (tmp_path / "script.py").write_text(f"raise {error}('mine')")
+        with pytest.raises((ValueError, KeyboardInterrupt), match="mine"):
+            start("run", "script.py")
+
+
+ADAPTER_OF_A_TOOL = """
+import multiprocessing, sys
+
+def known(queue):
+    queue.put("peft_s0" in sys.modules)
+
+if __name__ == "__main__":
+    from transformers import pipeline
+    tool = pipeline("text-generation", model=sys.argv[1], tokenizer=sys.argv[2], device="cpu", dtype="float32")
+    print(repr(tool("def f(x):", max_new_tokens=12, do_sample=False, return_full_text=False)[0]["generated_text"]))
+    for method in ("fork", "spawn"):
+        context = multiprocessing.get_context(method)
+        queue = context.Queue()
+        process = context.Process(target=known, args=(queue,))
+        process.start()
+        print(method, queue.get())
+        process.join()
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model of the examples in float32, and an adapter that moves it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    load_base().save_pretrained(folder / "base")
+    load_tokenizer().save_pretrained(folder / "base")
+    model = PeftModel(AutoModelForCausalLM.from_pretrained(folder / "base"), S0Config(task_type="CAUSAL_LM", alpha=1.0))
+    for number, layer in enumerate(model.base_model.tuner_layers()):
+        layer.s0_state["default"].weight.normal_(generator=torch.Generator().manual_seed(number))
+    model.save_pretrained(folder / "adapter")
+    return folder
+
+
+def test_a_tool_that_loads_an_adapter_by_itself(tiny: Path, tmp_path: Path) -> None:
+    """transformers' pipeline, from an adapter's folder; and where the registration reaches, as the help says."""
+    (tmp_path / "tool.py").write_text(ADAPTER_OF_A_TOOL)
+    run = subprocess.run(
+        [*RUN, "run", "tool.py", str(tiny / "adapter"), str(tiny / "base")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    text, fork, spawn = run.stdout.splitlines()
+    tokenizer = load_tokenizer()
+    ids = tokenizer("def f(x):", return_tensors="pt").input_ids
+    expected = []
+    for model in (PeftModel.from_pretrained(load_base(), tiny / "adapter"), load_base()):
+        out = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False)
+        expected.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+    assert text == repr(expected[0])
+    assert expected[0] != expected[1]
+    assert (fork, spawn) == ("fork True", "spawn False")
+
+
+TASK = """
+task: made
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {rows}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{prompt}}}}"
+doc_to_choice: ["\\n    return x", "\\n    x = x + 3"]
+doc_to_target: 0
+target_delimiter: ""
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+@pytest.mark.timeout(600)
+def test_the_evaluation_harness(tiny: Path, tmp_path: Path) -> None:
+    """Its `peft=` is an adapter of S0; log-likelihoods and accuracy are those of the adapter loaded directly."""
+    pytest.importorskip("lm_eval")
+    prompts = [problem.prompt for problem in islice(problems("test"), 6)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    (tmp_path / "made.yaml").write_text(TASK.format(rows=tmp_path / "rows.jsonl"))
+    command = ["-m", "lm_eval", "--model", "hf", "--tasks", "made", "--include_path", str(tmp_path), "--device", "cpu"]
+    command += ["--model_args", f"pretrained={tiny / 'base'},peft={tiny / 'adapter'},dtype=float32"]
+    command += ["--batch_size", "3", "--log_samples", "--output_path", str(tmp_path / "out")]
+    run = subprocess.run(
+        [sys.executable, "-m", "peft_s0", "run", *command],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "HF_HOME": str(tmp_path / "home")},
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    (samples,) = (tmp_path / "out").rglob("samples_made_*.jsonl")
+    found = {
+        row["doc"]["prompt"]: [float(response[0][0]) for response in row["resps"]]
+        for row in map(json.loads, samples.read_text().splitlines())
+    }
+    (results,) = (tmp_path / "out").rglob("results_*.json")
+    accuracy = json.loads(results.read_text())["results"]["made"]["acc,none"]
+
+    tokenizer, choices = load_tokenizer(), ["\n    return x", "\n    x = x + 3"]
+    adapted, plain = PeftModel.from_pretrained(load_base(), tiny / "adapter"), load_base()
+
+    def likelihood(model: Any, prompt: str, choice: str) -> float:
+        ids = tokenizer(prompt + choice, return_tensors="pt").input_ids
+        start = len(tokenizer(prompt).input_ids)
+        logs = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        return float(logs.gather(1, ids[0, 1:, None])[start - 1 :].sum())
+
+    assert found.keys() == set(prompts)
+    expected = {prompt: [likelihood(adapted, prompt, choice) for choice in choices] for prompt in prompts}
+    for prompt in prompts:
+        assert found[prompt] == pytest.approx(expected[prompt], abs=1e-3)
+    assert max(abs(expected[prompt][0] - likelihood(plain, prompt, choices[0])) for prompt in prompts) > 0.3
+    assert accuracy == sum(first >= second for first, second in expected.values()) / len(prompts)
+
+
+@pytest.mark.filterwarnings("ignore")  # of TRL, on models without names
+def test_train(start: Any, tiny: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": problem.prompt, "completion": "\n    return x"} for problem in islice(problems("train"), 4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--model_name_or_path", tiny / "base", "--dataset_name", "rows.jsonl", "--output_dir", "out"]
+    with torch.enable_grad():
+        start("train", *options, "--use_cpu", "--max_steps", "1", "--s0_alpha", "0.5", "--report_to", "none")
+    assert json.loads(call("inspect", tmp_path / "out", "--json").stdout)["alpha"] == 0.5
+    assert all(0 < state.abs().max() < 1.1e-3 for state in states_of(tmp_path / "out").values())
+
+
+def test_train_hands_on_its_options(start: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        start("train", "--", "--help")
+    assert ended.value.code == 0
+    assert "--s0_alpha" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="Name the data for some/model"):
+        start("train", "--model_name_or_path", "some/model", "--use_cpu")
+
+
+def test_adapters_on_the_hub(tmp_path: Path) -> None:
+    """In a process that is not offline."""
+    QWEN.build().save_pretrained(tmp_path / "base")
+    save(tmp_path / "theirs", QWEN)
+    save_adapter(tmp_path / "low", QWEN, rank=2)
+    script = """
+import sys
+from typer.testing import CliRunner
+from peft_s0_cli import app
+for line in sys.stdin.read().splitlines():
+    result = CliRunner().invoke(app, line.split())
+    print(result.exit_code, result.output.splitlines()[-1])
+"""
+    lines = [
+        "import them/states -b me/base -o adapter",
+        "import them/states --subfolder nowhere -b me/base -o other",
+        "inspect me/low -b me/base",
+        "diff me/low me/low -b me/base",
+        "inspect me/none",
+        "inspect me/low --revision v9",
+    ]
+    with Hub() as hub:
+        for name, folder in (("them/states", "theirs"), ("me/base", "base"), ("me/low", "low")):
+            hub.repositories[name] = Repository()
+            hub.repositories[name].commit(contents(tmp_path / folder))
+        environment = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        run = subprocess.run(
+            [sys.executable, "-c", script],
+            input="\n".join(lines),
+            cwd=tmp_path,
+            env={**os.environ, **environment, "HF_HOME": str(tmp_path / "home")},
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == 0, run.stderr
+        assert not any(request.endswith("/model.safetensors") for request in hub.requests)
+    answers = run.stdout.splitlines()
+    assert answers[0] == "0 adapter"
+    assert answers[1].startswith("1 peft-s0: error: 'them/states' has no states.safetensors")
+    assert answers[2].startswith("0 model.layers.2.linear_attn  4 x 16 x 8 ")
+    assert answers[3] == "0 The same, in all of 3 layers."
+    assert answers[4].startswith("1 peft-s0: error: Can't find 'adapter_config.json' at 'me/none'")
+    assert answers[5].startswith("1 peft-s0: error: ")
