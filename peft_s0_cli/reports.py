@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,8 @@ from peft_s0.model import check_fit
 from peft_s0.naming import match_names, shared_name
 from peft_s0.skeleton import load_without_weights
 
-_STATE = ".s0.s0_state.weight"
+# What a state is called in a file: learnt at the start of a sequence, or added where it is read.
+_STATE = re.compile(r"(?:base_model\.model\.)?(.*)\.s0\.s0_(state|offset)\.weight")
 _UNRECORDED = {"peft_version", "auto_mapping", "inference_mode", "base_model_name_or_path", "revision"}
 
 
@@ -29,7 +31,7 @@ class Saved:
     Args:
         name: what it was called on the command line.
         config: its config.
-        states: float32 [heads, ...] by the mixers' names, unscaled, in full.
+        states: float32 [heads, ...] by the mixers' names, unscaled, in full; an offset's says so.
         others: all else that is in the file, by its names there.
         parameters: number of parameters in the file.
         file: its states file.
@@ -57,13 +59,18 @@ def read(name: str, base_model: str | None, trust_remote_code: bool, **options: 
     check_readable(file)
     tensors = load_file(file)
     parameters = sum(tensor.numel() for tensor in tensors.values())
-    stored = {key: tensor for key, tensor in tensors.items() if key.endswith(_STATE)}
+    stored = {key: tensor for key, tensor in tensors.items() if _STATE.fullmatch(key)}
     check_fit({key: tuple(state.shape) for key, state in stored.items()}, stored)
     others = {key: tensor for key, tensor in tensors.items() if key not in stored}
-    states = {key.removeprefix("base_model.model.").removesuffix(_STATE): state for key, state in stored.items()}
+    states = {_named(key): state for key, state in stored.items()}
     if config.rank is not None:
         states = _multiplied_out(name, base_model, trust_remote_code, options)
     return Saved(name, config, dict(sorted(states.items(), key=_order)), others, parameters, file)
+
+
+def _named(key: str) -> str:
+    mixer, kind = _STATE.sub(r"\1 \2", key).rsplit(" ", 1)
+    return mixer if kind == "state" else f"{mixer} ({kind})"
 
 
 def _multiplied_out(
@@ -72,9 +79,10 @@ def _multiplied_out(
     model = load_without_weights(name, base_model, trust_remote_code, **options)
     with torch.no_grad():
         return {
-            key.removesuffix(".s0"): layer.state("default")()
+            _named(f"{key}.{kind}.weight"): module.compose(module.weight)
             for key, layer in model.get_base_model().named_modules()
             if isinstance(layer, S0Layer)
+            for kind, module in layer.learnt_tensors("default").items()
         }
 
 

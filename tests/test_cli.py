@@ -69,9 +69,10 @@ def save_adapter(
     folder: Path, architecture: Architecture, base: Path | None = None, seed: int = 0, **config: Any
 ) -> None:
     model = tune(architecture, **config).model
-    for number, layer in enumerate(model.base_model.tuner_layers()):
-        weight = layer.s0_state["default"].weight
-        weight.normal_(generator=torch.Generator().manual_seed(100 * seed + number))
+    generator = torch.Generator().manual_seed(seed)
+    for layer in model.base_model.tuner_layers():
+        for learnt in layer.learnt_tensors("default").values():
+            learnt.weight.normal_(generator=generator)
     model.peft_config["default"].base_model_name_or_path = None if base is None else str(base)
     model.save_pretrained(folder)
 
@@ -136,6 +137,29 @@ def test_inspect(architecture: Architecture, base: Path, tmp_path: Path, rank: i
     for layer in found["layers"]:
         shown = f"{layer['mean_norm']:.4g}", f"{layer['max_norm']:.4g}"
         assert re.search(rf"^{layer['name']} +4 x {rows} x {columns} +{shown[0]} +{shown[1]}$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_offsets_stand_beside_states(tmp_path: Path, rank: int | None) -> None:
+    QWEN.build().save_pretrained(tmp_path / "base")
+    save_adapter(tmp_path / "adapter", QWEN, tmp_path / "base", rank=rank, variant="both")
+    found = json.loads(call("inspect", tmp_path / "adapter", "--json").stdout)
+    mixers = [f"model.layers.{index}.linear_attn" for index in range(3)]
+    assert [layer["name"] for layer in found["layers"]] == [
+        f"{mixer}{kind}" for mixer in mixers for kind in ("", " (offset)")
+    ]
+    stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    for layer in found["layers"]:
+        mixer, _, kind = layer["name"].partition(" (")
+        state = stored[f"base_model.model.{mixer}.s0.s0_{'offset' if kind else 'state'}.weight"]
+        if rank is not None:
+            state = torch.einsum("hir,hjr->hij", *state.split([16, 8], dim=1))
+        assert layer["head_norms"] == pytest.approx(state.flatten(1).norm(dim=1).tolist(), rel=1e-5)
+    # An offset is a row of its own in comparisons, and enters nowhere where only starts have a place.
+    found = json.loads(call("diff", tmp_path / "adapter", tmp_path / "adapter", "--json").stdout)
+    assert len(found["layers"]) == 6
+    line = failure("export", tmp_path / "adapter", "-o", tmp_path / "theirs")
+    assert "has variant='both'; this format has a place for 'initial' alone" in line
 
 
 def test_inspect_without_a_base_model(tmp_path: Path) -> None:
