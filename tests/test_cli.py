@@ -422,7 +422,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     load_tokenizer().save_pretrained(folder / "base")
     model = PeftModel(AutoModelForCausalLM.from_pretrained(folder / "base"), S0Config(task_type="CAUSAL_LM", alpha=1.0))
     for number, layer in enumerate(model.base_model.tuner_layers()):
-        layer.s0_state["default"].weight.normal_(generator=torch.Generator().manual_seed(number))
+        layer.s0_state["default"].weight.normal_(std=3.0, generator=torch.Generator().manual_seed(number))
     model.save_pretrained(folder / "adapter")
     return folder
 
@@ -540,7 +540,8 @@ for line in sys.stdin.read().splitlines():
     print(result.exit_code, result.output.splitlines()[-1])
 """
     lines = [
-        "import them/states -b me/base -o adapter",
+        "import them/states --revision main -b me/base -o adapter",
+        "export adapter -o again",
         "import them/states --subfolder nowhere -b me/base -o other",
         "inspect me/low -b me/base",
         "diff me/low me/low -b me/base",
@@ -564,8 +565,11 @@ for line in sys.stdin.read().splitlines():
         assert not any(request.endswith("/model.safetensors") for request in hub.requests)
     answers = run.stdout.splitlines()
     assert answers[0] == "0 adapter"
-    assert answers[1].startswith("1 peft-s0: error: 'them/states' has no states.safetensors")
-    assert answers[2].startswith("0 model.layers.2.linear_attn  4 x 16 x 8 ")
-    assert answers[3] == "0 The same, in all of 3 layers."
-    assert answers[4].startswith("1 peft-s0: error: Can't find 'adapter_config.json' at 'me/none'")
-    assert answers[5].startswith("1 peft-s0: error: ")
+    assert answers[1] == "0 again"
+    assert contents(tmp_path / "again") == contents(tmp_path / "theirs")
+    assert S0Config.from_pretrained(tmp_path / "adapter").base_model_name_or_path == "me/base"
+    assert answers[2].startswith("1 peft-s0: error: 'them/states' has no states.safetensors")
+    assert answers[3].startswith("0 model.layers.2.linear_attn  4 x 16 x 8 ")
+    assert answers[4] == "0 The same, in all of 3 layers."
+    assert answers[5].startswith("1 peft-s0: error: Can't find 'adapter_config.json' at 'me/none'")
+    assert answers[6].startswith("1 peft-s0: error: ")

@@ -1,14 +1,12 @@
 """State files of others: what they mean, that nothing is lost either way, and what is refused.
 
-RWKV's models are fla's, whose kernels have an environment of their own: tests/kernels/test_rwkv_states.py.
+RWKV's models are fla's, whose kernels have an environment of their own: tests/kernels/test_rwkv_states.py. Files on the
+Hub are in test_cli.py.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,6 @@ import torch
 import transformers
 from architectures import ARCHITECTURES, Architecture, mixers
 from conftest import tune
-from hub import Hub, Repository
 from peft import PeftModel, get_peft_model
 from peft.utils.error import NoMatchingPeftModuleError
 from reference import with_slow_mixers
@@ -435,39 +432,6 @@ def test_a_write_that_is_stopped(
         export_s0_tuning(tmp_path / "adapter", tmp_path / "again")
     assert contents(tmp_path / "adapter") == before
     assert sorted(tmp_path.iterdir()) == listed
-
-
-def test_from_the_hub(tmp_path: Path) -> None:
-    """In a process that is not offline; the base model's config is all that is read of it."""
-    ROWS["qwen3_5"].build().save_pretrained(tmp_path / "base")
-    save(tmp_path / "theirs", ROWS["qwen3_5"])
-    script = """
-from peft_s0.convert import export_s0_tuning, import_s0_tuning
-import_s0_tuning("them/states", "adapter", "me/base", revision="main")
-export_s0_tuning("adapter", "again")
-try:
-    import_s0_tuning("me/base", "other", "me/base")
-except ValueError as error:
-    print(error)
-"""
-    with Hub() as hub:
-        hub.repositories["them/states"] = Repository()
-        hub.repositories["them/states"].commit(contents(tmp_path / "theirs"))
-        hub.repositories["me/base"] = Repository()
-        hub.repositories["me/base"].commit(contents(tmp_path / "base"))
-        environment = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-        run = subprocess.run(
-            [sys.executable, "-c", script],
-            cwd=tmp_path,
-            env={**os.environ, **environment, "HF_HOME": str(tmp_path / "home")},
-            capture_output=True,
-            text=True,
-        )
-        assert run.returncode == 0, run.stderr
-        assert "'me/base' has no states.safetensors" in run.stdout
-        assert not any(request.endswith("model.safetensors") for request in hub.requests)
-    assert contents(tmp_path / "again") == contents(tmp_path / "theirs")
-    assert S0Config.from_pretrained(tmp_path / "adapter").base_model_name_or_path == "me/base"
 
 
 def test_rwkv_files_without_fla(theirs: Path, base: Path, tmp_path: Path) -> None:
