@@ -183,6 +183,8 @@ def export_s0_tuning(
     config: Any = model.peft_config["default"]
     with torch.no_grad():
         states = {names[name]: layer.state("default")().contiguous() for name, layer in tuned.items()}
+        for name, layer in tuned.items():
+            _check_scale(adapter, name, config, states[names[name]], layer.effective_state("default"))
     values = {
         **_read_record(adapter, options),
         "l2_lambda": config.l2_lambda,
@@ -491,6 +493,17 @@ def _tuned_layers(model: PeftModel) -> dict[str, S0Layer]:
         for name, module in model.get_base_model().named_modules()
         if isinstance(module, S0Layer)
     }
+
+
+def _check_scale(adapter: str | Path, name: str, config: S0Config, state: Tensor, effective: Tensor) -> None:
+    """Refuse a state that is not used as the s0-tuning library would use it, by `alpha` and `normalize` alone."""
+    assert config.alpha is not None, "the adapter has met a model"
+    scale = config.alpha / state.norm() if config.normalize and state.any() else config.alpha
+    if not torch.allclose(effective, scale * state, rtol=1e-4, atol=0):
+        raise ValueError(
+            f"'{adapter}' scales the state of '{name}' by something else than alpha={config.alpha}; that format has "
+            "one alpha for all layers. Give the adapter one alpha and save it again."
+        )
 
 
 def _read_record(adapter: str | Path, options: dict[str, Any]) -> dict[str, Any]:

@@ -422,7 +422,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     load_tokenizer().save_pretrained(folder / "base")
     model = PeftModel(AutoModelForCausalLM.from_pretrained(folder / "base"), S0Config(task_type="CAUSAL_LM", alpha=1.0))
     for number, layer in enumerate(model.base_model.tuner_layers()):
-        layer.s0_state["default"].weight.normal_(std=3.0, generator=torch.Generator().manual_seed(number))
+        layer.s0_state["default"].weight.normal_(generator=torch.Generator().manual_seed(number))
     model.save_pretrained(folder / "adapter")
     return folder
 
@@ -502,7 +502,7 @@ def test_the_evaluation_harness(tiny: Path, tmp_path: Path) -> None:
     expected = {prompt: [likelihood(adapted, prompt, choice) for choice in choices] for prompt in prompts}
     for prompt in prompts:
         assert found[prompt] == pytest.approx(expected[prompt], abs=1e-3)
-    assert max(abs(expected[prompt][0] - likelihood(plain, prompt, choices[0])) for prompt in prompts) > 0.3
+    assert max(abs(expected[prompt][0] - likelihood(plain, prompt, choices[0])) for prompt in prompts) > 0.1
     assert accuracy == sum(first >= second for first, second in expected.values()) / len(prompts)
 
 
