@@ -4,6 +4,7 @@ Importing this package registers the method with PEFT, so that `get_peft_model`,
 `AutoPeftModel` and trainers that take a `peft_config` work with S0 adapters.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ._versions import require_transformers
@@ -22,6 +23,8 @@ from .registry import register  # noqa: E402
 
 if TYPE_CHECKING:
     from .callback import S0Callback
+    from .prompt import state_from_prompt
+    from .soups import soup
 
 register()
 
@@ -37,18 +40,24 @@ __all__ = [
     "S0Model",
     "StateBank",
     "compress_adapter",
+    "analysis",
     "push_to_hub",
     "recurrent_layers",
     "register_mixer",
     "registered_mixers",
+    "soup",
+    "state_from_prompt",
     "update_model_card",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    # Only trainings need the callback, and with it transformers' trainer.
-    if name == "S0Callback":
-        from .callback import S0Callback
+# What only some need is imported when it is asked for: the callback comes with transformers' trainer.
+_LATER = {"S0Callback": ".callback", "soup": ".soups", "state_from_prompt": ".prompt"}
 
-        return S0Callback
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return getattr(import_module(_LATER[name], __name__), name)
+    if name == "analysis":
+        return import_module(".analysis", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -63,9 +63,16 @@ class S0Config(PeftConfig):
             Further modules to train and save whole, such as a classification head.
         trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*):
             Token embeddings to train beside the states.
-        init_weights (`bool` or `float`):
+        init_weights (`bool`, `float` or `"prompt"`):
             `True`: zeros, the base model exactly. A number: normal with that standard deviation. `False`: normal with
-            standard deviation 1, for tests.
+            standard deviation 1, for tests. `"prompt"`: what the base model's layers end `init_prompt` in, see
+            docs/prompts.md.
+        init_prompt (`str` or `list`, *optional*):
+            The prompt to start from with `init_weights="prompt"`: a text, chat messages, token ids, or a list of such,
+            whose mean it is. It runs through the base model when the adapter is made, and is not run again when the
+            adapter is loaded.
+        tokenizer_name_or_path (`str`, *optional*):
+            Tokenizer of `init_prompt`. `None`: the model's own.
         alpha (`float`, *optional*):
             Scale of the state. `None`: the default of the mixers' recurrence family (0.07 gated delta rule, 0.65
             Mamba-2, 1.0 elsewhere), written into the config when it meets the model.
@@ -118,8 +125,19 @@ class S0Config(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Token embeddings to train beside the states."}
     )
-    init_weights: bool | float = field(
-        default=True, metadata={"help": "True: zeros. A number: standard deviation. False: standard normal, for tests."}
+    init_weights: bool | float | Literal["prompt"] = field(
+        default=True,
+        metadata={
+            "help": "True: zeros. A number: standard deviation. False: standard normal, for tests. 'prompt': what "
+            "init_prompt leaves in the base model."
+        },
+    )
+    init_prompt: str | list[Any] | None = field(
+        default=None,
+        metadata={"help": "With init_weights='prompt': a text, chat messages, token ids, or a list of such."},
+    )
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "Tokenizer of init_prompt. None: the model's own."}
     )
     alpha: float | None = field(
         default=None, metadata={"help": "Scale of the state. None: the default of the mixers' recurrence family."}
@@ -171,11 +189,19 @@ class S0Config(PeftConfig):
                 continue
             if not _is_number(value) or not math.isfinite(value) or value < 0:
                 raise ValueError(f"S0Config: {name} must be a finite number >= 0, got {value!r}.")
-        if not isinstance(self.init_weights, bool) and not (
-            _is_number(self.init_weights) and math.isfinite(self.init_weights) and self.init_weights >= 0
+        if (self.init_weights == "prompt") != (self.init_prompt is not None):
+            raise ValueError(
+                "S0Config: init_weights='prompt' and init_prompt go together, got "
+                f"init_weights={self.init_weights!r} and init_prompt={self.init_prompt!r}; set both or neither."
+            )
+        if (
+            self.init_weights != "prompt"
+            and not isinstance(self.init_weights, bool)
+            and not (_is_number(self.init_weights) and math.isfinite(self.init_weights) and self.init_weights >= 0)
         ):
             raise ValueError(
-                f"S0Config: init_weights must be True, False or a standard deviation >= 0, got {self.init_weights!r}."
+                "S0Config: init_weights must be True, False, a standard deviation >= 0 or 'prompt', got "
+                f"{self.init_weights!r}."
             )
         if self.variant not in VARIANTS:
             raise ValueError(
@@ -186,6 +212,8 @@ class S0Config(PeftConfig):
         vars(self)["awaits_int8"] = self.storage == "int8" and self.inference_mode
         if self.rank is not None and (not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1):
             raise ValueError(f"S0Config: rank must be an integer >= 1, or None for the full state, got {self.rank!r}.")
+        if self.init_weights == "prompt":
+            check_holds_prompt(self)
 
     @classmethod
     def from_pretrained(
@@ -243,6 +271,27 @@ class S0Config(PeftConfig):
             super().save_pretrained(temporary, **kwargs)
             (Path(temporary) / CONFIG_NAME).replace(folder / CONFIG_NAME)
         update_card_of_peft(folder)
+
+
+def check_holds_prompt(config: S0Config) -> None:
+    """Refuse a config with which sequences would not start from the state that was written.
+
+    Raises:
+        ValueError: naming the field, its value and what to set.
+    """
+    reason = None
+    if config.variant not in ("initial", "both"):
+        reason = f"variant={config.variant!r} has no initial state; use 'initial'"
+    elif config.normalize:
+        reason = "normalize=True takes its norm away; leave it at False"
+    elif config.train_alpha is not None and config.train_alpha != config.alpha:
+        reason = (
+            f"train_alpha={config.train_alpha!r} would start training from another state than use; leave it at None"
+        )
+    elif config.alpha == 0:
+        reason = "alpha=0 lets nothing of it in; leave it at None, or set 1.0"
+    if reason is not None:
+        raise ValueError(f"S0Config: the state of a prompt cannot be kept: {reason}.")
 
 
 def load_config(model_id: str | Path, **kwargs: Any) -> S0Config:

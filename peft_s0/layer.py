@@ -141,6 +141,20 @@ class InitialState(Float32Module):
         with torch.autocast(weight.device.type, enabled=False):
             return left @ right.transpose(1, 2)
 
+    @torch.no_grad()
+    def write(self, state: Tensor) -> None:
+        """Let the parameter stand for a state, with a rank for the nearest one of that rank in Frobenius norm.
+
+        Args:
+            state: [heads, ...], unscaled.
+        """
+        if self.rank is not None:
+            # U is orthonormal, also where the state has fewer singular values than the rank, so that V has a gradient.
+            left, values, right = torch.linalg.svd(state.double(), full_matrices=False)
+            right = right.transpose(1, 2) * values.unsqueeze(1)
+            state = torch.cat([left[..., : self.rank], right[..., : self.rank]], dim=1)
+        self.weight.copy_(state)
+
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Also called for a parameter that a loader puts in place of the first."""
         super().register_parameter(name, param)
@@ -184,9 +198,11 @@ class InitialState(Float32Module):
         self.awaited = self.awaited and self.untouched
         return vars(self)
 
-    def _initialize(self, init_weights: bool | float) -> None:
+    def _initialize(self, init_weights: bool | float | str) -> None:
         if self.weight.is_meta:
             return
+        # A prompt's state is written when the whole model is there to run it.
+        init_weights = True if isinstance(init_weights, str) else init_weights
         std = {True: 0.0, False: 1.0}[init_weights] if isinstance(init_weights, bool) else float(init_weights)
         with torch.no_grad():
             right = self.weight

@@ -33,6 +33,7 @@ from .mixers import Mixer, find_mixer, registered_mixers
 from .mixers.refused import looks_recurrent, refused
 from .naming import match_names, shared_name
 from .precision import casts_parameters
+from .prompt import start_from_prompt
 from .rows import BASE, Routing, RowAdapters
 from .storage import decode
 
@@ -204,6 +205,8 @@ class S0Model(BaseTuner):
                 low_cpu_mem_usage=low_cpu_mem_usage,
                 state_dict=state_dict,
             )
+            if state_dict is None:
+                start_from_prompt(model, adapter_name, cast(S0Config, self.peft_config[adapter_name]))
         watch(model)
         tag_model(model)
         self._route()
@@ -378,6 +381,8 @@ class S0Model(BaseTuner):
             normalize=False,
             rank=None,
             init_weights=True,
+            init_prompt=None,
+            tokenizer_name_or_path=None,
         )
         self.inject_adapter(self.model, adapter_name)
         with torch.no_grad():

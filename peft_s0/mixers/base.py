@@ -191,6 +191,7 @@ class Mixer:
         reads_rows: whether `Call.rows` is to be known in every call, not only where it has pads or a single token.
         checks: whether `check` is to be asked before each call of the model.
         readout: how the mixer reads its state; None: it takes no state offset.
+        takes_chunks: whether the base model goes on with a sequence by several tokens in one call.
     """
 
     path: str
@@ -206,6 +207,7 @@ class Mixer:
     reads_rows: bool = False
     checks: bool = False
     readout: Readout | None = None
+    takes_chunks: bool = True
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -292,6 +294,28 @@ class Mixer:
         if call.restore is None:
             return output
         return (call.restore(output[0]), *output[1:]) if isinstance(output, tuple) else call.restore(output)
+
+    def final_state(self, mixer: MixerModule, cache: Any) -> Tensor:
+        """The state that calls on a cache have left the mixer's sequences in, [rows, *state shape].
+
+        Args:
+            mixer: the mixer.
+            cache: the model's cache; None if the model gave none back.
+
+        Raises:
+            ValueError: if the state is not there, or no initial state could stand for it.
+        """
+        if cache is None:
+            raise ValueError(
+                f"The model gave back no cache, so the state that {type(mixer).__name__} ends in is not known. Its "
+                "forward pass must take use_cache=True and return past_key_values or cache_params."
+            )
+        return self.cached_state(mixer, cache)
+
+    def cached_state(self, mixer: MixerModule, cache: Any) -> Tensor:
+        """Where a cache keeps the mixer's state; see `final_state`."""
+        state: Tensor = cache.get_recurrent_state(mixer.layer_idx)
+        return state
 
     def leave(self, mixer: MixerModule, call: Call) -> None:
         """Undo `enter`, also after a mixer that raised."""

@@ -142,6 +142,11 @@ class FLAMixer(Mixer):
         start["conv_state"] = self.conv_state(mixer, call.states)
         return SequenceStart(call.cache, mixer.layer_idx, start)
 
+    def cached_state(self, mixer: MixerModule, cache: Any) -> Tensor:
+        """See `Mixer.cached_state`."""
+        state: Tensor = cache[mixer.layer_idx]["recurrent_state"]
+        return state
+
     def returned(self, call: Call, output: Any) -> Any:
         """See `Mixer.returned`: the real cache takes its place in the tuple again."""
         return tuple(call.cache if isinstance(part, SequenceStart) else part for part in output)

@@ -108,6 +108,7 @@ class LightningAttention(Mixer):
 
     parts: tuple[str, ...] = ("qkv_proj", "norm")
     checks: bool = True
+    takes_chunks: bool = False
 
     def has_past(self, mixer: MixerModule, arguments: dict[str, Any]) -> bool:
         """See `Mixer.has_past`."""
@@ -134,6 +135,11 @@ class LightningAttention(Mixer):
         on_output(mixer, "qkv_proj", recurrence.see_projection)
         on_input(mixer, "norm", recurrence.correct)
         return _View(call.cache, recurrence.past, recurrence.end)
+
+    def cached_state(self, mixer: MixerModule, cache: Any) -> Tensor:
+        """See `Mixer.cached_state`."""
+        state: Tensor = cache.get_linear_cache(mixer.layer_idx)
+        return state
 
 
 register_mixer(

@@ -177,6 +177,7 @@ class Mamba1Mixer(Mixer):
     """
 
     scan: type[Scan] = Scan
+    takes_chunks: bool = False
     parts: tuple[str, ...] = ("in_proj", "x_proj", "out_proj")
 
     def resumes(self, tokens: int, pads: Tensor | None, cache: Any) -> bool:

@@ -139,6 +139,20 @@ class Mamba2Mixer(Mixer):
             mixer.use_mem_eff_path, mixer.s0_use_mem_eff_path = False, True
         return call.cache
 
+    def final_state(self, mixer: MixerModule, cache: Any) -> Tensor:
+        """See `Mixer.final_state`. Its model takes a cache, but does not make one."""
+        if cache is None:
+            raise ValueError(
+                "The models of mamba-ssm keep the state that a sequence ends in only where inference_params are passed "
+                "to them, which is not done here. Use the model of the same checkpoint in transformers."
+            )
+        return self.cached_state(mixer, cache)
+
+    def cached_state(self, mixer: MixerModule, cache: Any) -> Tensor:
+        """See `Mixer.cached_state`."""
+        state: Tensor = cache.key_value_memory_dict[mixer.layer_idx][1]
+        return state
+
     def leave(self, mixer: MixerModule, call: Call) -> None:
         """See `Mixer.leave`."""
         if mixer.__dict__.pop("s0_use_mem_eff_path", False):

@@ -85,6 +85,13 @@ class MLSTM(Mixer):
             matrix.new_zeros((*matrix.shape[:-2], 1), dtype=dtype),
         )
 
+    def final_state(self, mixer: MixerModule, cache: Any) -> Tensor:
+        """See `Mixer.final_state`; refused."""
+        raise ValueError(
+            f"The state that {type(mixer).__name__} ends in is a matrix, a normalizer and their scale, and an initial "
+            "state is the matrix alone: read without its normalizer it would stand for something else."
+        )
+
     def given(self, call: Call, arguments: dict[str, Any]) -> dict[str, Any]:
         """See `Mixer.given`."""
         return {name: arguments[name] for name in ("x", "state")}

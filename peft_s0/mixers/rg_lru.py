@@ -99,6 +99,7 @@ class RGLRU(Mixer):
     starts_with_one: bool = True
     reads_rows: bool = True
     checks: bool = True
+    takes_chunks: bool = False
 
     def has_past(self, mixer: MixerModule, arguments: dict[str, Any]) -> bool:
         """See `Mixer.has_past`. Only single tokens continue a sequence."""
@@ -137,6 +138,11 @@ class RGLRU(Mixer):
             # Rows without a learnt state keep the base model's own arithmetic.
             positions = torch.where(call.rows.unsqueeze(-1), positions, given)
         return {**arguments, "position_ids": positions}
+
+    def final_state(self, mixer: MixerModule, cache: Any) -> Tensor:
+        """See `Mixer.final_state`. It is in the mixer, whatever the cache."""
+        state: Tensor = mixer.rg_lru.recurrent_states
+        return state
 
 
 register_mixer(

@@ -25,5 +25,6 @@ class LightningAttention(SlowMixer):
         for t in range(x.shape[1]):
             state = torch.exp(-rate)[:, None, None] * state + torch.einsum("bhk,bhv->bhkv", k[:, t], v[:, t])
             outputs.append(torch.einsum("bhkv,bhk->bhv", state, q[:, t]))
+        self.final = state
         out = m.norm(torch.stack(outputs, dim=1).flatten(2)).double()
         return m.out_proj(torch.sigmoid(m.output_gate(x)) * out)

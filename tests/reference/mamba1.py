@@ -13,7 +13,7 @@ class Mamba1(SlowMixer):
         m = self.mixer
         values, z = m.in_proj(x).chunk(2, dim=-1)
         values = self.convolve(values)
-        y = self.scan(values, *self.parameters(values), -m.A_log.exp(), m.D, state)
+        y, self.final = self.scan(values, *self.parameters(values), -m.A_log.exp(), m.D, state)
         return m.out_proj(y * z * torch.sigmoid(z))
 
     def parameters(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -27,13 +27,13 @@ class Mamba1(SlowMixer):
         return parts
 
     @staticmethod
-    def scan(x: Tensor, dt: Tensor, b: Tensor, c: Tensor, a: Tensor, d: Tensor, state: Tensor) -> Tensor:
+    def scan(x: Tensor, dt: Tensor, b: Tensor, c: Tensor, a: Tensor, d: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         outputs = []
         for t in range(x.shape[1]):
             written = torch.einsum("bp,bn->bpn", dt[:, t] * x[:, t], b[:, t])
             state = torch.exp(dt[:, t, :, None] * a) * state + written
             outputs.append(torch.einsum("bpn,bn->bp", state, c[:, t]) + d * x[:, t])
-        return torch.stack(outputs, dim=1)
+        return torch.stack(outputs, dim=1), state
 
 
 class NormalizedMamba1(Mamba1):
@@ -62,5 +62,6 @@ class Zamba(Mamba1):
             low, b, c = (head_values @ m.x_proj_weight[head].T).split(sizes, dim=-1)
             dt = torch.log1p(torch.exp(low @ m.dt_proj_weight[head].T + m.dt_proj_bias[head]))
             outputs.append(self.scan(head_values, dt, b, c, -m.A_log[head].exp(), m.D[head], state[:, head]))
-        y = torch.cat(outputs, dim=-1)
+        y = torch.cat([output for output, _ in outputs], dim=-1)
+        self.final = torch.stack([final for _, final in outputs], dim=1)
         return m.out_proj(y * z * torch.sigmoid(z))
