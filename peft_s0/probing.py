@@ -18,7 +18,7 @@ from .mixers import find_mixer, parameter_names
 _CACHES = ("past_key_values", "cache_params")
 
 
-def token_rows(model: nn.Module, tokenizer: Any, prompts: Any) -> list[Tensor]:
+def token_rows(model: nn.Module, tokenizer: Any, prompts: Any, opens_answer: bool = False) -> list[Tensor]:
     """Token ids of prompts.
 
     Args:
@@ -26,6 +26,7 @@ def token_rows(model: nn.Module, tokenizer: Any, prompts: Any) -> list[Tensor]:
         tokenizer: its tokenizer; None if the prompts are token ids.
         prompts: a text, chat messages (a list of dicts, put into the tokenizer's chat template) or token ids (ints),
             or a list of such. A text gets the special tokens that the tokenizer adds by itself.
+        opens_answer: whether the chat template opens an answer behind the messages.
 
     Returns:
         Int64 [tokens] on the model's device, for each prompt.
@@ -45,21 +46,26 @@ def token_rows(model: nn.Module, tokenizer: Any, prompts: Any) -> list[Tensor]:
     embeddings = find_embeddings()
     vocabulary = None if embeddings is None else int(embeddings.weight.shape[0])
     device = next((weight.device for weight in model.parameters() if not weight.is_meta), torch.device("cpu"))
-    return [torch.tensor(_ids(tokenizer, row, vocabulary), dtype=torch.long, device=device) for row in rows]
+    return [
+        torch.tensor(_ids(tokenizer, row, vocabulary, opens_answer), dtype=torch.long, device=device) for row in rows
+    ]
 
 
 def _is_list_of(value: Any, kind: type) -> bool:
     return isinstance(value, Sequence) and bool(value) and all(isinstance(part, kind) for part in value)
 
 
-def _ids(tokenizer: Any, prompt: Any, vocabulary: int | None) -> list[int]:
+def _ids(tokenizer: Any, prompt: Any, vocabulary: int | None, opens_answer: bool) -> list[int]:
     prompt = prompt.tolist() if isinstance(prompt, Tensor) else prompt
     messages = _is_list_of(prompt, Mapping)
     if messages or isinstance(prompt, str):
         if tokenizer is None:
             raise ValueError(f"The prompt {prompt!r} is text: pass the model's tokenizer, or token ids.")
-        encoded = tokenizer.apply_chat_template(list(prompt), return_dict=True) if messages else tokenizer(prompt)
-        ids = list(encoded["input_ids"])
+        if messages:
+            chat = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=opens_answer, return_dict=True)
+            ids = list(chat["input_ids"])
+        else:
+            ids = list(tokenizer(prompt)["input_ids"])
     elif isinstance(prompt, Sequence) and all(isinstance(part, int) for part in prompt):
         ids = list(prompt)
     else:
