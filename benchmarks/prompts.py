@@ -42,6 +42,13 @@ from quickstart import SOLUTIONS, tune  # noqa: E402
 ALPHAS = (1.0, 1.5, 2.0, 3.0, 4.0)
 STEPS = (1, 2, 5, 10, 20)
 PAIRS = 4
+MODELS = {
+    "mamba2": "recurrent",
+    "falcon_mamba": "recurrent",
+    "qwen3_5": "recurrent and attention",
+    "falcon_h1": "recurrent and attention",
+    "nemotron_h": "recurrent and attention",
+}
 
 
 @torch.no_grad()
@@ -49,7 +56,7 @@ def what_is_left(models: int = 8, prompt_tokens: int = 40, text_tokens: int = 24
     """KL per token behind the first six tokens of a text, where the convolutions of the prompt no longer reach."""
     rows = []
     for row in ARCHITECTURES:
-        if row.name not in ("mamba2", "falcon_mamba", "qwen3_5", "falcon_h1", "nemotron_h"):
+        if row.name not in MODELS:
             continue
         for looks_back in (True, False):
             totals = []
@@ -65,11 +72,10 @@ def what_is_left(models: int = 8, prompt_tokens: int = 40, text_tokens: int = 24
                 without = divergence(behind, base(text).logits)
                 totals.append((without, divergence(behind, state_from_prompt(base, None, prompt)(text).logits)))
             without, left = (statistics.mean(column) for column in zip(*totals, strict=True))
-            attention = any("attn" in name for name, _ in base.named_modules() if "linear_attn" not in name)
             rows.append(
                 {
                     "model": row.name,
-                    "layers": "recurrent and attention" if attention else "recurrent",
+                    "layers": MODELS[row.name],
                     "convolution": "4 tokens" if looks_back else "1 token",
                     "KL without the prompt": f"{without:.1e}",
                     "KL with its state": f"{left:.1e}",

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .config import check_readable, find_states, load_config
 from .injection import CHILD, has_layer, layer_of
-from .layer import InitialState
+from .layer import InitialState, S0Layer
 from .probing import base_of, final_states, in_eval_mode, token_rows, without_adapters
 
 Floats = NDArray[np.float64]
@@ -258,7 +258,7 @@ def memory(model: nn.Module, tokenizer: Any, texts: Any, *, positions: Sequence[
         ValueError: for a model without S0 adapters or whose active state is zero, for positions that a text does not
             reach, and for recurrences whose end is not known (see `peft_s0.state_from_prompt`).
     """
-    layers = {name: mixer for name, mixer in _layers(model).items() if layer_of(mixer).participates}
+    layers = {name: mixer for name, mixer in _layers(model).items() if _starts(layer_of(mixer))}
     if not layers:
         raise ValueError("memory: no S0 adapter of this model is active; call set_adapter, or enable_adapter_layers.")
     base = base_of(model)
@@ -407,6 +407,11 @@ def _layers(model: nn.Module) -> dict[str, nn.Module]:
     return layers
 
 
+def _starts(layer: S0Layer) -> bool:
+    """Whether an active adapter has an initial state in this layer."""
+    return layer.participates and any(name in layer.s0_state for name in layer.active_adapters)
+
+
 def _padded(rows: Sequence[Tensor], side: str) -> dict[str, Tensor]:
     """Rows [tokens] as a batch."""
     width = max(map(len, rows))
@@ -506,7 +511,7 @@ def _axes(ax: Any) -> Any:
         from matplotlib import pyplot
     except ImportError as error:
         raise ImportError(
-            "plot() needs matplotlib: pip install matplotlib. Without it, print the result, or read its arrays."
+            "plot() needs matplotlib: pip install 'peft-s0[plots]'. Without it, print the result, or read its arrays."
         ) from error
     _, ax = pyplot.subplots(layout="constrained")
     return ax

@@ -269,6 +269,6 @@ def test_refusals() -> None:
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     result = analysis.influence(tune(MAIN[0]).model, None, [5, 6])
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"plot\(\) needs matplotlib: pip install matplotlib"):
+    with pytest.raises(ImportError, match=r"plot\(\) needs matplotlib: pip install 'peft-s0\[plots\]'"):
         result.plot()
     assert len(str(result).splitlines()) == 3

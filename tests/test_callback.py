@@ -165,12 +165,15 @@ def test_import_takes_neither_trainers_nor_trl() -> None:
     script = """
 import sys
 import peft_s0
-assert not {"trl", "transformers.trainer", "transformers.trainer_callback"} & set(sys.modules)
+later = {"peft_s0.analysis", "peft_s0.soups", "matplotlib"}
+assert not {"trl", "transformers.trainer", "transformers.trainer_callback", *later} & set(sys.modules)
 assert "S0Callback" in peft_s0.__all__
 peft_s0.S0Callback()
 assert not {"trl", "transformers.trainer"} & set(sys.modules)
 from peft_s0 import *
 assert S0Callback is peft_s0.S0Callback
+assert callable(soup) and callable(state_from_prompt) and callable(analysis.norms)
+assert "matplotlib" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
     with pytest.raises(AttributeError, match="has no attribute 'S0Calback'"):

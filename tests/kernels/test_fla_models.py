@@ -19,9 +19,11 @@ from fla import layers, models
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from peft_s0 import S0Config, registered_mixers
+from peft_s0 import S0Config, registered_mixers, state_from_prompt
 from peft_s0.injection import has_layer, layer_of
+from peft_s0.mixers import find_mixer
 from peft_s0.mixers.refused import _CLASSES
+from peft_s0.probing import final_states
 
 pytestmark = [
     # What fla says of its own layers.
@@ -207,6 +209,22 @@ def test_greedy_generation_of_a_padded_batch(case: Case) -> None:
     for _ in range(2):
         alone = torch.cat([alone, model(alone, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
     assert torch.equal(together[1, 4:], alone[0, 2:])
+
+
+@torch.no_grad()
+def test_the_state_that_a_prompt_ends_in(case: Case) -> None:
+    """In one call, in pieces, and as an adapter: what fla's own cache holds, in the layout of a state."""
+    model, ids = case.build(), ids_of(1, 4)
+    cache = model(ids, use_cache=True).past_key_values
+    whole, pieces = final_states(model, ids[0]), final_states(model, ids[0], chunk_size=3)
+    assert whole
+    for mixer, state in whole.items():
+        assert state.shape == find_mixer(type(mixer)).state_shape(mixer)
+        assert torch.equal(state, cache[mixer.layer_idx]["recurrent_state"][0].float())
+        assert relative(pieces[mixer], state, state.abs().max()) < 1e-5
+    for layer in state_from_prompt(model, None, ids[0]).base_model.tuner_layers():
+        state = next(state for mixer, state in whole.items() if mixer.s0 is layer)
+        assert torch.equal(layer.effective_state("default"), state)
 
 
 @torch.no_grad()
