@@ -260,7 +260,7 @@ def memory(model: nn.Module, tokenizer: Any, texts: Any, *, positions: Sequence[
     """
     layers = {name: mixer for name, mixer in _layers(model).items() if _starts(layer_of(mixer))}
     if not layers:
-        raise ValueError("memory: no S0 adapter of this model is active; call set_adapter, or enable_adapter_layers.")
+        raise ValueError("memory: no S0 adapter of this model is active with an initial state; call set_adapter first.")
     base = base_of(model)
     rows = token_rows(base, tokenizer, texts)
     shortest = min(map(len, rows))

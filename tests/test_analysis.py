@@ -215,6 +215,25 @@ def test_norms(architecture: Architecture, rank: int | None, tmp_path: Path) -> 
     np.testing.assert_allclose(grid, np.stack(result.heads))
 
 
+def test_offsets(tmp_path: Path) -> None:
+    model = get_peft_model(MAIN[0].build(), S0Config(variant="both", init_weights=1.0)).eval()
+    result = analysis.norms(model)
+    assert result.layers[:2] == ["model.layers.0.linear_attn", "model.layers.0.linear_attn (offset)"]
+    layer = next(model.base_model.tuner_layers())
+    expected = [layer.effective_state("default").norm() / 0.07, layer.effective_offset("default").norm() / 0.07]
+    np.testing.assert_allclose(result.norms[:2], [float(norm) for norm in expected], rtol=1e-5)
+    model.save_pretrained(tmp_path)
+    from_file = analysis.norms(tmp_path)
+    assert dict(zip(from_file.layers, from_file.norms, strict=True)) == pytest.approx(
+        dict(zip(result.layers, result.norms, strict=True))
+    )
+    assert analysis.memory(model, None, [5, 6]).layers[0] == "model.layers.0.linear_attn"
+    offset = get_peft_model(MAIN[0].build(), S0Config(variant="offset", init_weights=1.0)).eval()
+    assert analysis.influence(offset, None, [5, 6]).kl[0, 1] > 0
+    with pytest.raises(ValueError, match="no S0 adapter of this model is active with an initial state"):
+        analysis.memory(offset, None, [5])
+
+
 def test_norms_of_a_named_adapter_and_of_vectors() -> None:
     tuned = tune({row.name: row for row in ARCHITECTURES}["recurrent_gemma"])
     tuned.model.add_adapter("second", S0Config(init_weights=0.0))

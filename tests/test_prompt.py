@@ -160,6 +160,15 @@ def test_any_alpha_starts_from_the_same(architecture: Architecture) -> None:
         torch.testing.assert_close(stored, plain[name] / architecture.alpha)
 
 
+def test_an_offset_beside_it_begins_at_zero() -> None:
+    model = state_from_prompt(MAIN[0].build(), None, ids(7), config=S0Config(alpha=1.0, variant="both"))
+    expected = states_of(state_from_prompt(MAIN[0].build(), None, ids(7)))
+    for name, state in expected.items():
+        layer = model.get_submodule(f"base_model.model.{name}.s0")
+        assert torch.equal(layer.effective_state("default"), state)
+        assert not layer.effective_offset("default").any()
+
+
 @pytest.mark.parametrize("architecture", MAIN, ids=lambda row: row.name)
 def test_rank_keeps_the_nearest(architecture: Architecture) -> None:
     full = states_of(state_from_prompt(architecture.build(), None, ids(20)))
@@ -260,6 +269,7 @@ def test_bad_prompts(prompt: object, error: type, message: str) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
+        ({"variant": "offset"}, "variant='offset' has no initial state"),
         ({"normalize": True}, "normalize=True takes its norm away"),
         ({"alpha": 0.0}, "alpha=0 lets nothing of it in"),
         ({"train_alpha": 1.0}, "train_alpha=1.0 would start training from another state"),

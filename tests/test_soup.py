@@ -78,18 +78,17 @@ def test_one_adapter_is_a_copy(folders: list[Path], tmp_path: Path) -> None:
     assert all(torch.equal(after[name], state) for name, state in before.items())
 
 
-def test_every_kind_of_state_is_added(folders: list[Path], tmp_path: Path) -> None:
-    """Also offsets, which files of other variants hold."""
-    offsets = {name.replace("s0_state", "s0_offset"): state for name, state in load_file(folders[0] / STATES).items()}
-    for name, factor in (("a", 1.0), ("b", 3.0)):
-        save(MAIN[0], tmp_path / name)
-        file = tmp_path / name / STATES
-        save_file({**load_file(file), **{key: factor * offset for key, offset in offsets.items()}}, file)
-    soup([tmp_path / "a", tmp_path / "b"], [0.5, 0.5], tmp_path / "soup")
+def test_offsets_are_added_as_well(tmp_path: Path) -> None:
+    folders = [save(MAIN[0], tmp_path / name, seed, variant="both") for seed, name in enumerate(NAMES)]
+    soup(folders, WEIGHTS, tmp_path / "soup")
+    states = [load_file(folder / STATES) for folder in folders]
     actual = load_file(tmp_path / "soup" / STATES)
-    assert len(actual) == 2 * len(offsets)
-    for name, offset in offsets.items():
-        torch.testing.assert_close(actual[name], 2 * offset)
+    assert sum("s0_offset" in name for name in actual) == MAIN[0].states == len(actual) / 2
+    for name, state in actual.items():
+        expected = sum(weight * other[name] for weight, other in zip(WEIGHTS, states, strict=True))
+        torch.testing.assert_close(state, expected)
+    assert load_config(tmp_path / "soup").variant == "both"
+    PeftModel.from_pretrained(MAIN[0].build(), tmp_path / "soup")
 
 
 def test_names_of_another_class_of_the_model(tmp_path: Path) -> None:
@@ -145,6 +144,7 @@ def test_an_interrupted_save_leaves_the_old_files(
 OTHERS = [
     ({"alpha": 0.5}, "has alpha=0.6, but '.*other' has alpha=0.5. Load the adapters on one model"),
     ({"train_alpha": 1.0}, "train_alpha=None, but '.*other' has train_alpha=1.0"),
+    ({"variant": "offset"}, "variant='initial', but '.*other' has variant='offset'. They act in different ways"),
     ({"rank": 2}, "'.*other' has rank=2: a sum of low-rank states is not of that rank"),
     ({"normalize": True}, "'.*other' has normalize=True: it is the normalised states that add up"),
     ({"modules_to_save": ["lm_head"]}, "modules_to_save=.*whole modules do not"),
