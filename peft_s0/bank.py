@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .config import S0Config, check_readable, find_states, load_config
 from .injection import CHILD, has_layer, layer_of
-from .layer import InitialState, S0Layer, Slots
+from .layer import InitialState, S0Layer, Slots, set_alpha_keys
 from .model import S0Model, check_fit
 from .naming import match_names
 from .rows import BASE
@@ -252,7 +252,7 @@ class StateBank:
                     state = slots.states[slot.index]
                     if name in states:
                         stored = states[name].to(state.device)
-                        state.copy_(_effective_state(self._mixers[name], task.config, stored))
+                        state.copy_(_effective_state(self._mixers[name], name, task.config, stored))
                     else:
                         state.zero_()
             except BaseException:
@@ -357,10 +357,11 @@ class _Slot:
 _STATE = f".{CHILD}.s0_state.weight"
 
 
-def _effective_state(mixer: nn.Module, config: S0Config, stored: Tensor) -> Tensor:
-    """What sequences start from in a mixer whose only adapter has this config and state."""
+def _effective_state(mixer: nn.Module, name: str, config: S0Config, stored: Tensor) -> Tensor:
+    """What sequences start from in a mixer of this name whose only adapter has this config and state."""
     layer = S0Layer(mixer, layer_of(mixer).declaration).eval()
     layer.update_layer("task", config, torch.device("meta"))
+    set_alpha_keys("task", config, {name: layer})
     state = layer.state("task")
     state.weight = nn.Parameter(stored.float(), requires_grad=False)
     # Its values were looked at when the file was read.

@@ -226,7 +226,7 @@ def _table(adapters: list[_Adapter]) -> str:
     """A row for each adapter; a setting that none of them makes use of has no column."""
     columns = {
         "adapter": [f"`{adapter.folder}`" if adapter.folder != "." else "default" for adapter in adapters],
-        "alpha": [_shown(adapter.config.get("alpha")) for adapter in adapters],
+        "alpha": [_shown_alpha(adapter.config) for adapter in adapters],
     }
     if any(adapter.variant != "initial" for adapter in adapters):
         columns["variant"] = [adapter.variant for adapter in adapters]
@@ -250,6 +250,13 @@ def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "-" if value is None else f"{value:g}"
+
+
+def _shown_alpha(config: dict[str, Any]) -> str:
+    """One number, or the range where some layers have another."""
+    own = (config.get("alpha_pattern") or {}).values()
+    alpha = _shown(config.get("alpha"))
+    return f"{alpha}, by layer {_shown(min(own))} to {_shown(max(own))}" if own else alpha
 
 
 def _shown_size(size: int) -> str:

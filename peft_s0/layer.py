@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .alpha import find_keys
 from .config import S0Config
 from .mixers import Call, Mixer
 from .precision import keep_float32
@@ -212,7 +213,7 @@ class S0Layer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("s0_state", "s0_offset")
-    other_param_names = ("configs",)
+    other_param_names = ("configs", "alpha_keys")
     # peft.helpers.disable_input_dtype_casting sets it on every tuner layer; states are cast nowhere.
     cast_input_dtype_enabled = True
 
@@ -223,6 +224,8 @@ class S0Layer(nn.Module, BaseTunerLayer):
         self.s0_state = nn.ModuleDict()
         self.s0_offset = nn.ModuleDict()
         self.configs: dict[str, S0Config] = {}
+        # For an adapter whose alpha_pattern speaks of this layer, the key there.
+        self.alpha_keys: dict[str, str] = {}
         # The model's own, once S0Model has put it here.
         self.routing = Routing()
         # A bank's states, and the slot of each row while it is used; empty where no row has a task. A tensor, so that
@@ -273,6 +276,13 @@ class S0Layer(nn.Module, BaseTunerLayer):
         """Attributes of the mixer that are tapped. What only offsets need is left alone without them."""
         readout = self.declaration.readout
         return self.declaration.parts + (() if readout is None or not self.s0_offset else readout.parts)
+
+    def alpha(self, adapter_name: str) -> float:
+        """The scale of an adapter's state in this layer, as its config says now; in training mode see `train_alpha`."""
+        config = self.configs[adapter_name]
+        assert config.alpha is not None, "S0Model sets alpha before it makes layers"
+        key = self.alpha_keys.get(adapter_name)
+        return config.alpha if key is None else config.alpha_pattern.get(key, config.alpha)
 
     @property
     def participates(self) -> bool:
@@ -450,14 +460,13 @@ class S0Layer(nn.Module, BaseTunerLayer):
     def _scale(self, adapter_name: str, state: Tensor) -> tuple[Tensor, float]:
         """A state or an offset of an adapter, and the factor that it is still to be multiplied by."""
         config = self.configs[adapter_name]
-        assert config.alpha is not None, "S0Model sets alpha before it makes layers"
         if self.training and config.train_alpha is not None:
             return state, config.train_alpha
         if config.normalize:
             norm = state.norm()
             # A zero state has no direction; it stays zero, with a finite gradient.
             state = torch.where(norm > 0, state / norm.clamp_min(torch.finfo(norm.dtype).tiny), state)
-        return state, config.alpha
+        return state, self.alpha(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # There is no base layer to read a device from; a state is moved to the hidden states' device when it is used.
@@ -500,6 +509,15 @@ class S0Layer(nn.Module, BaseTunerLayer):
     def forward(self, *args: Any, **kwargs: Any) -> None:
         """Never called; raises RuntimeError."""
         raise RuntimeError("An S0 layer is not called; it acts through the hooks of its mixer.")
+
+
+def set_alpha_keys(adapter_name: str, config: S0Config, layers: Mapping[str, S0Layer]) -> None:
+    """Tell layers, given by their mixers' names, where in a config's `alpha_pattern` they find their alpha."""
+    keys = find_keys(config.alpha_pattern, layers)
+    for name, layer in layers.items():
+        layer.alpha_keys.pop(adapter_name, None)
+        if name in keys:
+            layer.alpha_keys[adapter_name] = keys[name]
 
 
 def check_finite(name: str, state: Tensor) -> None:

@@ -25,10 +25,11 @@ from peft.utils import (
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 
+from .alpha import check_alpha, fit_pattern, layer_key
 from .card import tag_model, untag_model
 from .config import S0Config, load_config
 from .injection import CHILD, attach, detach, has_layer, layer_of, tap, unwatch, watch
-from .layer import MERGE_ERROR, S0Layer, check_finite
+from .layer import MERGE_ERROR, S0Layer, check_finite, set_alpha_keys
 from .mixers import Mixer, find_mixer, registered_mixers
 from .mixers.refused import looks_recurrent, refused
 from .naming import match_names, shared_name
@@ -146,6 +147,7 @@ class S0Model(BaseTuner):
                 f"nothing. The recurrent mixers of this model are {_shortened(mixers)}; leave target_modules at None "
                 "to adapt all of them."
             )
+        peft_config.alpha_pattern = fit_pattern(peft_config.alpha_pattern, matched)
 
     def _targets(self, config: S0Config, model: nn.Module | None = None) -> list[str]:
         """Names of the modules that a config's `target_modules` and the fields beside it choose.
@@ -175,6 +177,7 @@ class S0Model(BaseTuner):
             attach(target, S0Layer(target, declaration).train(target.training))
         layer_of(target).update_layer(adapter_name, peft_config, _device(target), casts_parameters(self.model))
         tap(target)
+        set_alpha_keys(adapter_name, peft_config, {current_key: layer_of(target)})
 
     def inject_adapter(
         self,
@@ -362,6 +365,7 @@ class S0Model(BaseTuner):
             own[adapters[0]],
             variant=variants.pop() if len(variants) == 1 else "both",
             alpha=1.0,
+            alpha_pattern={},
             train_alpha=None,
             normalize=False,
             rank=None,
@@ -379,13 +383,91 @@ class S0Model(BaseTuner):
                     ]
                     learnt.load_state_dict({"weight": torch.stack(parts).sum(0)})
 
+    def set_alpha(self, alpha: float | Mapping[str, float], adapter_name: str | None = None) -> None:
+        """Change the scale of an adapter's states, at once and in what is saved.
+
+        It is the scale of `S0Config.alpha` and `alpha_pattern`; `train_alpha`, where it is set, stays that of training.
+        A bank's tasks have alphas of their own. Code that `torch.compile` made is compiled once more when a layer's
+        alpha changes for the first time, or is the layer's own for the first time, and never runs with the old value.
+
+        Args:
+            alpha: one number for all layers, or numbers by names of layers, as `targeted_module_names` gives them or
+                from the list of layers on (`"layers.0.linear_attn"`); layers that are not named keep theirs.
+            adapter_name: None for the active adapter. No call of the model may be running.
+
+        Raises:
+            ValueError: for an alpha that is no finite number >= 0, for unknown layers or an unknown adapter, and
+                without a name if not exactly one adapter is active. Nothing is changed then.
+
+        Example:
+            >>> model.set_alpha(0.1)
+            >>> model.set_alpha({"layers.0.linear_attn": 0.2, "layers.1.linear_attn": 0.0})
+        """
+        adapter_name = self._one_adapter(adapter_name)
+        layers = self._layers_of(adapter_name)
+        config = cast(S0Config, self.peft_config[adapter_name])
+        if isinstance(alpha, Mapping):
+            for name, value in alpha.items():
+                check_alpha(f"set_alpha: the alpha of '{name}'", value)
+            own = match_names(alpha, layers)
+            unknown = sorted(name for name in own if own[name] not in layers)
+            if unknown:
+                raise ValueError(
+                    f"set_alpha: unknown layers {unknown}; adapter '{adapter_name}' has {_shortened(layers)}."
+                )
+            given = {layer_key(own[name], layers): float(value) for name, value in alpha.items()}
+            others = {key: value for key, value in config.alpha_pattern.items() if key not in given}
+            changes: dict[str, Any] = {"alpha_pattern": fit_pattern({**given, **others}, layers)}
+        else:
+            check_alpha("set_alpha: alpha", alpha)
+            changes = {"alpha": float(alpha), "alpha_pattern": {}}
+        self._change_config(adapter_name, changes)
+
+    def _one_adapter(self, adapter_name: str | None) -> str:
+        """The adapter of this name, or with None the one that is active.
+
+        Raises:
+            ValueError: if there is no such adapter of S0, or not exactly one is active.
+        """
+        own = sorted(name for name, config in self.peft_config.items() if isinstance(config, S0Config))
+        active = [name for name in self.active_adapters if name in own]
+        if adapter_name is None:
+            if len(active) != 1:
+                raise ValueError(f"Pass adapter_name, one of {own}: the active adapters are {active}.")
+            return str(active[0])
+        if adapter_name not in own:
+            raise ValueError(f"Unknown adapter '{adapter_name}'; this model has {own}.")
+        return adapter_name
+
+    def _layers_of(self, adapter_name: str) -> dict[str, S0Layer]:
+        """The tuner layers that an adapter has a state in, by the names of their mixers."""
+        modules = self.model.named_modules()
+        return {
+            name.removesuffix(f".{CHILD}"): module
+            for name, module in modules
+            if isinstance(module, S0Layer) and adapter_name in module.configs
+        }
+
+    def _change_config(self, adapter_name: str, changes: Mapping[str, Any]) -> None:
+        """Set fields of an adapter's config; one that it shares with other adapters becomes its own."""
+        layers = self._layers_of(adapter_name)
+        config = cast(S0Config, self.peft_config[adapter_name])
+        if any(other is config for name, other in self.peft_config.items() if name != adapter_name):
+            # As TRL makes its reference adapter.
+            self.peft_config[adapter_name] = config = copy.copy(config)
+            for layer in layers.values():
+                layer.configs[adapter_name] = config
+        for field, value in changes.items():
+            setattr(config, field, value)
+        set_alpha_keys(adapter_name, config, layers)
+
     def hotswap_adapter(self, model_id: str | Path, adapter_name: str, **kwargs: Any) -> None:
         """Replace the states of a loaded adapter by those of a file, in place.
 
         Parameters stay the objects they are, so that an optimiser goes on with them and a compiled model runs on. The
-        file's `alpha`, `train_alpha` and `normalize`, which say how its states are read, are taken over; the name,
-        `l2_lambda` and all else stay the adapter's own. Code that `torch.compile` made for another `alpha` is compiled
-        once more, for any `alpha`; a program that `torch.export` wrote keeps the old one.
+        file's `alpha`, `alpha_pattern`, `train_alpha` and `normalize`, which say how its states are read, are taken
+        over; the name, `l2_lambda` and all else stay the adapter's own. Code that `torch.compile` made for another
+        `alpha` is compiled once more, for any `alpha`; a program that `torch.export` wrote keeps the old one.
 
         Args:
             model_id: folder or Hub id of the saved adapter.
@@ -408,6 +490,8 @@ class S0Model(BaseTuner):
                     f"Adapter '{adapter_name}' has {field}={expected!r}, but that of '{model_id}' has {found!r}: its "
                     "parameters are others and cannot be replaced in place. Load it with load_adapter."
                 )
+        scales = {field: getattr(config, field) for field in ("alpha", "train_alpha", "normalize")}
+        scales["alpha_pattern"] = fit_pattern(config.alpha_pattern, self._layers_of(adapter_name))
         states = {
             name.removeprefix("base_model.model."): state
             for name, state in load_peft_weights(str(model_id), device="cpu", **kwargs).items()
@@ -416,8 +500,7 @@ class S0Model(BaseTuner):
         # Loaded or trained, the adapter stays if this file is refused.
         vars(current).pop("awaits_states", None)
         set_peft_model_state_dict(self.model, states, adapter_name)
-        for field in ("alpha", "train_alpha", "normalize"):
-            setattr(current, field, getattr(config, field))
+        self._change_config(adapter_name, scales)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

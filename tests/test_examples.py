@@ -355,6 +355,10 @@ def parse(monkeypatch: pytest.MonkeyPatch, *options: str) -> tuple[Any, ...]:
         torch.set_num_threads(threads)
 
 
+def as_option(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, dict) else str(value)
+
+
 def test_every_field_is_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
     own = {field.name for field in dataclasses.fields(S0Config)} - {f.name for f in dataclasses.fields(PeftConfig)}
     assert {field.name for field in dataclasses.fields(arguments.S0Arguments)} == {f"s0_{name}" for name in own}
@@ -369,6 +373,7 @@ def test_every_field_is_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
         "trainable_token_indices": [1, 2],
         "init_weights": 0.5,
         "alpha": 0.3,
+        "alpha_pattern": {"layers.0.linear_attn": 0.5},
         "train_alpha": 1.0,
         "normalize": True,
         "l2_lambda": 0.0,
@@ -379,7 +384,7 @@ def test_every_field_is_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
     options = [
         option
         for name, value in values.items()
-        for option in (f"--s0_{name}", *map(str, value if isinstance(value, list) else [value]))
+        for option in (f"--s0_{name}", *map(as_option, value if isinstance(value, list) else [value]))
     ]
     *_, s0 = parse(monkeypatch, *options)
     assert s0.config() == S0Config(task_type="CAUSAL_LM", **values)
