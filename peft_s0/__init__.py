@@ -20,6 +20,7 @@ from .model import S0Model  # noqa: E402
 from .registry import register  # noqa: E402
 
 if TYPE_CHECKING:
+    from .calibrate import calibrate_alpha
     from .callback import S0Callback
 
 register()
@@ -35,6 +36,7 @@ __all__ = [
     "S0Layer",
     "S0Model",
     "StateBank",
+    "calibrate_alpha",
     "push_to_hub",
     "register_mixer",
     "registered_mixers",
@@ -43,9 +45,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Only trainings need the callback, and with it transformers' trainer.
+    # Only trainings need the callback, and with it transformers' trainer; only a calibration its progress bar.
     if name == "S0Callback":
         from .callback import S0Callback
 
         return S0Callback
+    if name == "calibrate_alpha":
+        from .calibrate import calibrate_alpha
+
+        return calibrate_alpha
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
