@@ -118,6 +118,8 @@ class StateBank:
                 )
             state = InitialState(layer_of(self._mixers[target]).state_shape, config, torch.device("meta"))
             shapes[target] = tuple(state.weight.shape)
+            if config.learn_alpha:
+                shapes[f"{target}{_ALPHA}"] = (1,)
         file = find_states(str(model_id), **kwargs)
         if file is None or file.name != SAFETENSORS_WEIGHTS_NAME:
             raise ValueError(f"'{model_id}' has no {SAFETENSORS_WEIGHTS_NAME}; save the adapter with save_pretrained.")
@@ -252,7 +254,8 @@ class StateBank:
                     state = slots.states[slot.index]
                     if name in states:
                         stored = states[name].to(state.device)
-                        state.copy_(_effective_state(self._mixers[name], name, task.config, stored))
+                        alpha = states.get(f"{name}{_ALPHA}")
+                        state.copy_(_effective_state(self._mixers[name], name, task.config, stored, alpha))
                     else:
                         state.zero_()
             except BaseException:
@@ -303,7 +306,7 @@ class _Task:
     name: str
     config: S0Config
     file: Path
-    shapes: dict[str, tuple[int, ...]]  # of the stored states, by the mixers' names
+    shapes: dict[str, tuple[int, ...]]  # of the stored states, by the mixers' names, and of alphas that were learnt
     states: dict[str, Tensor] | None = None  # where the host is the CPU
     finite: bool = False
 
@@ -330,7 +333,7 @@ class _Task:
             states = {}
             with safe_open(self.file, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 - no dict
-                    if not name.endswith(_STATE):
+                    if not name.endswith((_STATE, _ALPHA)):
                         raise ValueError(f"It holds '{name}' beside its states, which a bank cannot serve.")
                     states[name.removeprefix("base_model.model.").removesuffix(_STATE)] = file.get_tensor(name)
             if self._stamp() != self.stamp:
@@ -354,16 +357,18 @@ class _Slot:
     filling: threading.Lock = field(default_factory=threading.Lock)
 
 
-_STATE = f".{CHILD}.s0_state.weight"
+_STATE, _ALPHA = f".{CHILD}.s0_state.weight", f".{CHILD}.s0_alpha.weight"
 
 
-def _effective_state(mixer: nn.Module, name: str, config: S0Config, stored: Tensor) -> Tensor:
-    """What sequences start from in a mixer of this name whose only adapter has this config and state."""
+def _effective_state(mixer: nn.Module, name: str, config: S0Config, stored: Tensor, alpha: Tensor | None) -> Tensor:
+    """What sequences start from in a mixer of this name whose only adapter has this config, state and learnt alpha."""
     layer = S0Layer(mixer, layer_of(mixer).declaration).eval()
-    layer.update_layer("task", config, torch.device("meta"))
     set_alpha_keys("task", config, {name: layer})
-    state = layer.state("task")
-    state.weight = nn.Parameter(stored.float(), requires_grad=False)
-    # Its values were looked at when the file was read.
-    state.replaced = False
+    layer.update_layer("task", config, torch.device("meta"))
+    for kind, learnt in layer.learnt_tensors("task").items():
+        value = stored if kind == "s0_state" else alpha
+        assert value is not None, "the file was compared with what its config says"
+        learnt.weight = nn.Parameter(value.to(stored.device, torch.float32), requires_grad=False)
+        # Its values were looked at when the file was read.
+        learnt.replaced = False
     return layer.effective_state("task")

@@ -183,8 +183,8 @@ def calibrate_alpha(
             dicts. Rows without labels may have TRL's `completion_mask` or `assistant_masks`; without these, every token
             counts. An iterator is read once and kept.
         grid: the alphas to try. None: a quarter to four times the adapter's own, which is the default of the
-            recurrence family unless it was set, and that default itself; for an adapter with `alpha_pattern`, its own
-            alphas as well.
+            recurrence family unless it was set, and that default itself; for an adapter with `alpha_pattern` or
+            `learn_alpha`, its own alphas as well.
         adapter_name: None for the active adapter. An adapter that is not active is while this runs.
         per_layer: number of passes over the layers.
         batch_size: rows to a batch, if `data` has rows.
@@ -279,15 +279,15 @@ class _Search:
                 break
         common = mode(alphas.values())
         others = {layer: alpha for layer, alpha in alphas.items() if alpha != common}
-        self.tuner.set_alpha(common, self.adapter)
-        self.tuner.set_alpha(others, self.adapter)
+        self.tuner._put_alpha(common, self.adapter)
+        self.tuner._put_alpha(others, self.adapter)
         return Calibration(self.adapter, self.metric, tuple(self.table), alphas if others else common, value)
 
     def _alphas(self, alpha: float | None) -> dict[str, float]:
         return dict(self.own) if alpha is None else dict.fromkeys(self.layers, alpha)
 
     def _try(self, alpha: float | None, bar: Any, by_layer: bool) -> Trial:
-        self.tuner.set_alpha(alpha if alpha is not None and not by_layer else self._alphas(alpha), self.adapter)
+        self.tuner._put_alpha(alpha if alpha is not None and not by_layer else self._alphas(alpha), self.adapter)
         return Trial(alpha, self._measure(bar))
 
     def _try_layer(self, layer: str, alphas: dict[str, float], start: float, value: float, bar: Any) -> float:
@@ -295,7 +295,7 @@ class _Search:
         unit = alphas[layer] or start
         trials = []
         for alpha in sorted({factor * unit for factor in IN_LAYERS} - {alphas[layer]}):
-            self.tuner.set_alpha({**alphas, layer: alpha}, self.adapter)
+            self.tuner._put_alpha({**alphas, layer: alpha}, self.adapter)
             trials.append(Trial(alpha, self._measure(bar), layer))
         for trial in trials:
             if self.better(trial.value, value):
@@ -342,7 +342,7 @@ def _grid(config: S0Config, grid: Sequence[float] | None, default: float) -> lis
     unit = config.alpha or default
     # To three digits, so that it is not the rounding that tells two alphas apart.
     around = {float(f"{factor * unit:.3g}") for factor in AROUND if factor != 1}
-    return [*sorted({*around, unit, default}), *([None] if config.alpha_pattern else [])]
+    return [*sorted({*around, unit, default}), *([None] if config.alpha_pattern or config.learn_alpha else [])]
 
 
 def _cuda_devices(model: nn.Module) -> list[int]:
@@ -358,6 +358,7 @@ def _restoring(model: nn.Module, tuner: S0Model, adapter: str) -> Iterator[Calla
     trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
     active, config = tuner.active_adapter, cast(S0Config, tuner.peft_config[adapter])
     changes = {"alpha": config.alpha, "alpha_pattern": dict(config.alpha_pattern)}
+    alphas = {name: layer.alpha(adapter) for name, layer in tuner._layers_of(adapter).items()}
 
     def done() -> None:
         changes.clear()
@@ -375,6 +376,8 @@ def _restoring(model: nn.Module, tuner: S0Model, adapter: str) -> Iterator[Calla
             module.training = training
         if changes:
             tuner._change_config(adapter, changes)
+            if config.learn_alpha:
+                tuner._put_alpha(alphas, adapter)
 
 
 def _loss(data: Any, batch_size: int) -> Callable[[PeftModel], float]:

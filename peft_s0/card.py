@@ -129,6 +129,7 @@ class _Adapter:
         layers: number of layers with a state; None, as what follows, if its states are not in a safetensors file.
         parameters: number of parameters in the file.
         size: bytes of the file.
+        alphas: those that were learnt, one for each layer.
     """
 
     folder: str
@@ -136,6 +137,7 @@ class _Adapter:
     layers: int | None = None
     parameters: int | None = None
     size: int | None = None
+    alphas: tuple[float, ...] = ()
 
     @property
     def base(self) -> str | None:
@@ -167,14 +169,15 @@ def _find_adapters(folder: Path) -> list[_Adapter]:
     return adapters
 
 
-def _measure(folder: Path) -> tuple[int, int, int] | tuple[()]:
+def _measure(folder: Path) -> tuple[int, int, int, tuple[float, ...]] | tuple[()]:
     file = folder / SAFETENSORS_WEIGHTS_NAME
     if not file.exists():
         return ()
     with safe_open(file, framework="pt") as states:
         sizes = {name: math.prod(states.get_slice(name).get_shape()) for name in states.keys()}  # noqa: SIM118
+        alphas = tuple(float(states.get_tensor(name)) for name in sizes if ".s0_alpha." in name)
     layers = {name.partition(kind)[0] for name in sizes for kind in (".s0_state.", ".s0_offset.") if kind in name}
-    return len(layers), sum(sizes.values()), file.stat().st_size
+    return len(layers), sum(sizes.values()), file.stat().st_size, alphas
 
 
 def _hub_id(name: str | None) -> str | None:
@@ -226,7 +229,7 @@ def _table(adapters: list[_Adapter]) -> str:
     """A row for each adapter; a setting that none of them makes use of has no column."""
     columns = {
         "adapter": [f"`{adapter.folder}`" if adapter.folder != "." else "default" for adapter in adapters],
-        "alpha": [_shown_alpha(adapter.config) for adapter in adapters],
+        "alpha": [_shown_alpha(adapter) for adapter in adapters],
     }
     if any(adapter.variant != "initial" for adapter in adapters):
         columns["variant"] = [adapter.variant for adapter in adapters]
@@ -252,11 +255,16 @@ def _shown(value: Any) -> str:
     return "-" if value is None else f"{value:g}"
 
 
-def _shown_alpha(config: dict[str, Any]) -> str:
-    """One number, or the range where some layers have another."""
-    own = (config.get("alpha_pattern") or {}).values()
-    alpha = _shown(config.get("alpha"))
-    return f"{alpha}, by layer {_shown(min(own))} to {_shown(max(own))}" if own else alpha
+def _shown_alpha(adapter: _Adapter) -> str:
+    """One number, or the range where layers have their own."""
+    alpha = _shown(adapter.config.get("alpha"))
+    own, how = list(adapter.alphas), "learnt from"
+    if not own:
+        own, how = list((adapter.config.get("alpha_pattern") or {}).values()), "others"
+    if not own:
+        return alpha
+    shown = f"{_shown(min(own))} to {_shown(max(own))}"
+    return f"{shown} by layer, {how} {alpha}"
 
 
 def _shown_size(size: int) -> str:

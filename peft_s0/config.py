@@ -67,6 +67,9 @@ class S0Config(PeftConfig):
         alpha_pattern (`dict[str, float]`):
             An alpha of their own for some layers. A key is the end of a mixer's name, as `"layers.0.linear_attn"`, or a
             regular expression for it; of several that match, the first counts. All other layers have `alpha`.
+        learn_alpha (`bool`):
+            Learn one alpha for each layer beside its state, from `alpha` or `alpha_pattern` on, without a penalty. What
+            was learnt is saved with the states; the config keeps where it began. docs/alpha.md says when it is of use.
         train_alpha (`float`, *optional*):
             Scale while the model is in training mode. `None`: `alpha`, as in the paper's algorithm; `1.0`: as in its
             authors' code, which trains the bare state and scales afterwards. `normalize` does not apply to it.
@@ -122,6 +125,9 @@ class S0Config(PeftConfig):
         default_factory=dict,
         metadata={"help": "Alphas of some layers: ends of mixers' names, or regular expressions, to numbers."},
     )
+    learn_alpha: bool = field(
+        default=False, metadata={"help": "Learn one alpha for each layer, which starts from alpha or alpha_pattern."}
+    )
     train_alpha: float | None = field(
         default=None,
         metadata={"help": "Scale in training mode. None: alpha (the paper); 1.0: as in the authors' code."},
@@ -165,6 +171,13 @@ class S0Config(PeftConfig):
             check_alpha(f"S0Config: {name}", value)
         self.alpha_pattern = {} if self.alpha_pattern is None else self.alpha_pattern
         check_pattern(self.alpha_pattern)
+        if not isinstance(self.learn_alpha, bool):
+            raise ValueError(f"S0Config: learn_alpha must be True or False, got {self.learn_alpha!r}.")
+        if self.learn_alpha and self.train_alpha is not None:
+            raise ValueError(
+                f"S0Config: learn_alpha=True learns the scale that is used, and train_alpha={self.train_alpha} would "
+                "replace it in training. Leave train_alpha at None."
+            )
         if not isinstance(self.init_weights, bool) and not (
             _is_number(self.init_weights) and math.isfinite(self.init_weights) and self.init_weights >= 0
         ):

@@ -175,9 +175,9 @@ class S0Model(BaseTuner):
             raise TypeError(f"S0 adapts recurrent mixers; '{current_key}' is a {type(target).__name__}.")
         if not has_layer(target):
             attach(target, S0Layer(target, declaration).train(target.training))
+        set_alpha_keys(adapter_name, peft_config, {current_key: layer_of(target)})
         layer_of(target).update_layer(adapter_name, peft_config, _device(target), casts_parameters(self.model))
         tap(target)
-        set_alpha_keys(adapter_name, peft_config, {current_key: layer_of(target)})
 
     def inject_adapter(
         self,
@@ -366,6 +366,7 @@ class S0Model(BaseTuner):
             variant=variants.pop() if len(variants) == 1 else "both",
             alpha=1.0,
             alpha_pattern={},
+            learn_alpha=False,
             train_alpha=None,
             normalize=False,
             rank=None,
@@ -387,6 +388,7 @@ class S0Model(BaseTuner):
         """Change the scale of an adapter's states, at once and in what is saved.
 
         It is the scale of `S0Config.alpha` and `alpha_pattern`; `train_alpha`, where it is set, stays that of training.
+        Where alphas are learnt (`learn_alpha`), it is written over what was learnt, and learning goes on from there.
         A bank's tasks have alphas of their own. Code that `torch.compile` made is compiled once more when a layer's
         alpha changes for the first time, or is the layer's own for the first time, and never runs with the old value.
 
@@ -404,9 +406,8 @@ class S0Model(BaseTuner):
             >>> model.set_alpha({"layers.0.linear_attn": 0.2, "layers.1.linear_attn": 0.0})
         """
         adapter_name = self._one_adapter(adapter_name)
-        layers = self._layers_of(adapter_name)
-        config = cast(S0Config, self.peft_config[adapter_name])
         if isinstance(alpha, Mapping):
+            layers = self._layers_of(adapter_name)
             for name, value in alpha.items():
                 check_alpha(f"set_alpha: the alpha of '{name}'", value)
             own = match_names(alpha, layers)
@@ -415,13 +416,27 @@ class S0Model(BaseTuner):
                 raise ValueError(
                     f"set_alpha: unknown layers {unknown}; adapter '{adapter_name}' has {_shortened(layers)}."
                 )
-            given = {layer_key(own[name], layers): float(value) for name, value in alpha.items()}
-            others = {key: value for key, value in config.alpha_pattern.items() if key not in given}
-            changes: dict[str, Any] = {"alpha_pattern": fit_pattern({**given, **others}, layers)}
+            alpha = {own[name]: float(value) for name, value in alpha.items()}
         else:
             check_alpha("set_alpha: alpha", alpha)
-            changes = {"alpha": float(alpha), "alpha_pattern": {}}
-        self._change_config(adapter_name, changes)
+        self._put_alpha(alpha, adapter_name)
+
+    def _put_alpha(self, alpha: float | dict[str, float], adapter_name: str) -> None:
+        """`set_alpha` without its checks, by the names that the layers have here. What is learnt may be negative."""
+        layers = self._layers_of(adapter_name)
+        config = cast(S0Config, self.peft_config[adapter_name])
+        if config.learn_alpha:
+            with torch.no_grad():
+                for name, layer in layers.items():
+                    if not isinstance(alpha, dict) or name in alpha:
+                        learnt = layer.learnt_tensors(adapter_name)["s0_alpha"]
+                        learnt.weight.fill_(alpha[name] if isinstance(alpha, dict) else alpha)
+        elif isinstance(alpha, dict):
+            given = {layer_key(name, layers): value for name, value in alpha.items()}
+            others = {key: value for key, value in config.alpha_pattern.items() if key not in given}
+            self._change_config(adapter_name, {"alpha_pattern": fit_pattern({**given, **others}, layers)})
+        else:
+            self._change_config(adapter_name, {"alpha": float(alpha), "alpha_pattern": {}})
 
     def _one_adapter(self, adapter_name: str | None) -> str:
         """The adapter of this name, or with None the one that is active.
@@ -476,14 +491,15 @@ class S0Model(BaseTuner):
 
         Raises:
             ValueError: if there is no such adapter, if the file is refused as it would be in loading, or if it differs
-                in what fixes the parameters: layers, `rank`, `variant`, `modules_to_save`, `trainable_token_indices`.
+                in what fixes the parameters: layers, `rank`, `variant`, `learn_alpha`, `modules_to_save`,
+                `trainable_token_indices`.
                 The adapter is then as it was.
         """
         if adapter_name not in self.peft_config:
             raise ValueError(f"Unknown adapter '{adapter_name}'; this model has {sorted(self.peft_config)}.")
         current = cast(S0Config, self.peft_config[adapter_name])
         config = self._prepare_adapter_config(load_config(model_id, **kwargs), self.get_model_config(self.model))
-        for field in ("rank", "variant", "modules_to_save", "trainable_token_indices"):
+        for field in ("rank", "variant", "learn_alpha", "modules_to_save", "trainable_token_indices"):
             expected, found = getattr(current, field), getattr(config, field)
             if expected != found:
                 raise ValueError(
@@ -678,12 +694,18 @@ def _check_states(model: nn.Module, adapter_name: str, state_dict: dict[str, Ten
             f"The states do not fit this model: they are of variant='{variants[1]}', but adapter '{adapter_name}' has "
             f"variant='{variants[0]}'. Load them with the config that was saved with them."
         )
+    learnt = [any(".s0_alpha." in name for name in names) for names in (expected, found)]
+    if None not in variants and learnt[0] != learnt[1]:
+        raise ValueError(
+            f"The states do not fit this model: they come {'with' if learnt[1] else 'without'} learnt alphas, but "
+            f"adapter '{adapter_name}' has learn_alpha={learnt[0]}. Load them with the config that was saved with them."
+        )
     check_fit(expected, found)
 
 
 def _variant(names: Iterable[str]) -> str | None:
     """The variant that learnt tensors of these names are of; None if there are none."""
-    kinds = {match.group(1) for match in map(_LEARNT.search, names) if match is not None}
+    kinds = {match.group(1) for match in map(_LEARNT.search, names) if match is not None} - {"s0_alpha"}
     return None if not kinds else "both" if len(kinds) > 1 else "initial" if "s0_state" in kinds else "offset"
 
 

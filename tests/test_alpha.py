@@ -45,6 +45,7 @@ def raw(model: PeftModel, adapter: str = "default") -> dict[str, Tensor]:
     return {name: layer.s0_state[adapter].weight for name, layer in named_layers(model).items()}
 
 
+@torch.no_grad()
 def alphas(model: PeftModel, adapter: str = "default") -> list[float]:
     """What each state is really multiplied by, measured at its largest entry."""
     found = []

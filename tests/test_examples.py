@@ -374,6 +374,7 @@ def test_every_field_is_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
         "init_weights": 0.5,
         "alpha": 0.3,
         "alpha_pattern": {"layers.0.linear_attn": 0.5},
+        "learn_alpha": False,
         "train_alpha": 1.0,
         "normalize": True,
         "l2_lambda": 0.0,
