@@ -136,7 +136,7 @@ class S0Callback(TrainerCallback):
                     of_layers = torch.stack([norm.cpu() for norm in norms[name, kind]])
                     values[f"{prefix}{label}_mean"] = float(of_layers.mean())
                     values[f"{prefix}{label}_max"] = float(of_layers.max())
-            values[f"{prefix}alpha"] = fmean(of_each)
+            values[f"{prefix}alpha"] = fmean(of_each) if len({*of_each}) > 1 else of_each[0]
             if differ:
                 values |= {f"{prefix}alpha_min": min(of_each), f"{prefix}alpha_max": max(of_each)}
             if name in penalties:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from test_alpha import alphas, by_layer, named_layers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from trainers import mean_loss, token_rows
+from transformers import AutoModelForCausalLM
 
 from peft_s0 import S0Config, StateBank, calibrate_alpha
 from peft_s0.calibrate import Calibration
@@ -453,3 +455,28 @@ def test_without_matplotlib(result: Calibration, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"Calibration.plot needs matplotlib: pip install matplotlib"):
         result.plot("alpha.png")
+
+
+def test_the_scripts_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they stand there, but for the model, which is the tiny one."""
+    root = Path(__file__).resolve().parent.parent
+    page = (root / "docs" / "alpha.md").read_text()
+    loss, score, alone = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    tiny = str(root / "examples" / "models" / "tiny-qwen3.5")
+    torch.manual_seed(0)
+    get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny), S0Config(init_weights=1.0, learn_alpha=True)
+    ).save_pretrained(tmp_path / "my-task")
+    rows = [{"prompt": "def f(x):", "completion": " return x"}, {"prompt": "def g(x):", "completion": " return x * x"}]
+    (tmp_path / "held-out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    variables: dict[str, Any] = {"prompts": ["def f(x):", "def g(x):"], "passes": lambda answer: len(answer) % 2}
+    exec(loss.replace("Qwen/Qwen3.5-4B", tiny), variables)
+    assert (tmp_path / "alpha.png").exists()
+    assert len(variables["result"].table) == 9
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), "my-task")
+    assert alphas(loaded) == alphas(variables["model"])
+    exec(score, variables)
+    assert [trial.alpha for trial in variables["result"].table] == [0.0, 0.03, 0.07, 0.15, 0.3]
+    exec(alone, variables)
+    assert variables["model"].get_nb_trainable_parameters()[0] == 3

@@ -30,8 +30,11 @@ EXAMPLES = ROOT / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import arguments  # noqa: E402
+import calibrate  # noqa: E402
 import dpo  # noqa: E402
 import grpo  # noqa: E402
+import miniature.evaluate  # noqa: E402
+import quickstart  # noqa: E402
 import sft  # noqa: E402
 from miniature.base import load_base, load_tokenizer  # noqa: E402
 from miniature.evaluate import HELD_OUT, complete  # noqa: E402
@@ -273,6 +276,29 @@ def test_dpo(tmp_path: Path) -> None:
     margins = history(folder, "rewards/margins")
     assert margins[0] == 0
     assert margins[-1] > 0.05
+
+
+@pytest.mark.filterwarnings("ignore")  # as the script does it
+def test_calibrate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The script with few problems, solutions and steps: what it writes is what it says and what it saves."""
+    monkeypatch.setattr(miniature.evaluate, "HELD_OUT", HELD_OUT[:8])
+    monkeypatch.setattr(quickstart, "SOLUTIONS", 6)
+    monkeypatch.setattr(calibrate, "SOLUTIONS", 6)
+    monkeypatch.setattr(calibrate, "PROBLEMS", 8)
+    monkeypatch.setattr(calibrate, "GRID", [0.5, 4.0])
+    monkeypatch.setattr(sys, "argv", ["calibrate.py", "--output", str(tmp_path)])
+    calibrate.main()
+    output = capsys.readouterr().out
+    tested = json.loads((tmp_path / "tested.json").read_text())
+    assert all(re.search(rf"{re.escape(name)} .*{rate}", output) for name, (_, rate) in tested.items())
+    layered = json.loads((tmp_path / "loss-layer-by-layer.json").read_text())
+    best = layered["best"] if isinstance(layered["best"], dict) else {"": layered["best"]}
+    config = S0Config.from_pretrained(tmp_path / "states")
+    assert {config.alpha, *config.alpha_pattern.values()} == {*best.values()}
+    assert config.train_alpha == 1.0
+    losses = json.loads((tmp_path / "loss.json").read_text())["table"]
+    assert losses[2]["value"] != losses[1]["value"] < losses[0]["value"]
+    assert (tmp_path / "alpha.png").read_bytes().startswith(b"\x89PNG")
 
 
 # Then on other models, with data from a file, and the paper's recipe but for what would take too long.
