@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import asdict, field, fields, make_dataclass
@@ -50,6 +51,8 @@ def _bool_or_float(text: str) -> bool | float:
 def _argument_type(hint: Any) -> Any:
     """What one option can give of a field's types. A YAML file passed with --config can give the others."""
     choices = get_args(hint)
+    if get_origin(hint) is dict:
+        return json.loads
     lists = [choice for choice in choices if get_origin(choice) is list]
     if lists:
         return lists[0] | None
@@ -58,7 +61,11 @@ def _argument_type(hint: Any) -> Any:
 
 _HINTS = get_type_hints(S0Config)
 _FIELDS = [
-    (f"s0_{own.name}", _argument_type(_HINTS[own.name]), field(default=own.default, metadata=own.metadata))
+    (
+        f"s0_{own.name}",
+        _argument_type(_HINTS[own.name]),
+        field(default=own.default, default_factory=own.default_factory, metadata=own.metadata),
+    )
     for own in fields(S0Config)
     if own.name not in {inherited.name for inherited in fields(PeftConfig)}
 ]

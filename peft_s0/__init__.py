@@ -22,6 +22,7 @@ from .model import S0Model, recurrent_layers  # noqa: E402
 from .registry import register  # noqa: E402
 
 if TYPE_CHECKING:
+    from .calibrate import calibrate_alpha
     from .callback import S0Callback
     from .prompt import state_from_prompt
     from .soups import soup
@@ -39,8 +40,9 @@ __all__ = [
     "S0Layer",
     "S0Model",
     "StateBank",
-    "compress_adapter",
     "analysis",
+    "calibrate_alpha",
+    "compress_adapter",
     "push_to_hub",
     "recurrent_layers",
     "register_mixer",
@@ -52,7 +54,12 @@ __all__ = [
 
 
 # What only some need is imported when it is asked for: the callback comes with transformers' trainer.
-_LATER = {"S0Callback": ".callback", "soup": ".soups", "state_from_prompt": ".prompt"}
+_LATER = {
+    "S0Callback": ".callback",
+    "calibrate_alpha": ".calibrate",
+    "soup": ".soups",
+    "state_from_prompt": ".prompt",
+}
 
 
 def __getattr__(name: str) -> Any:

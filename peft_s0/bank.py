@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .config import S0Config, check_readable, find_states, load_config
 from .injection import CHILD, has_layer, layer_of
-from .layer import InitialState, S0Layer, Slots, check_finite
+from .layer import InitialState, S0Layer, Slots, check_finite, set_alpha_keys
 from .model import S0Model, check_fit
 from .naming import match_names
 from .rows import BASE
@@ -119,6 +119,8 @@ class StateBank:
                 )
             state = InitialState(layer_of(self._mixers[target]).state_shape, config, torch.device("meta"))
             shapes[target] = tuple(state.weight.shape)
+            if config.learn_alpha:
+                shapes[f"{target}{_ALPHA}"] = (1,)
         file = find_states(str(model_id), **kwargs)
         if file is None or file.name != SAFETENSORS_WEIGHTS_NAME:
             raise ValueError(f"'{model_id}' has no {SAFETENSORS_WEIGHTS_NAME}; save the adapter with save_pretrained.")
@@ -253,7 +255,9 @@ class StateBank:
                     state = slots.states[slot.index]
                     if name in states:
                         stored = states[name].to(state.device).restore()
-                        state.copy_(_effective_state(self._mixers[name], task.config, stored))
+                        learnt = states.get(f"{name}{_ALPHA}")
+                        alpha = None if learnt is None else learnt.restore()
+                        state.copy_(_effective_state(self._mixers[name], name, task.config, stored, alpha))
                     else:
                         state.zero_()
             except BaseException:
@@ -304,7 +308,7 @@ class _Task:
     name: str
     config: S0Config
     file: Path
-    shapes: dict[str, tuple[int, ...]]  # of the stored states, by the mixers' names
+    shapes: dict[str, tuple[int, ...]]  # of the stored states, by the mixers' names, and of alphas that were learnt
     states: dict[str, Stored] | None = None  # where the host is the CPU
     finite: bool = False
 
@@ -332,7 +336,7 @@ class _Task:
             with safe_open(self.file, framework="pt") as file:
                 tensors = group({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - no dict
             for name, stored in tensors.items():
-                if not name.endswith(_STATE):
+                if not name.endswith((_STATE, _ALPHA)):
                     raise ValueError(f"It holds '{name}' beside its states, which a bank cannot serve.")
                 states[name.removeprefix("base_model.model.").removesuffix(_STATE)] = stored
             if self._stamp() != self.stamp:
@@ -359,15 +363,18 @@ class _Slot:
     filling: threading.Lock = field(default_factory=threading.Lock)
 
 
-_STATE = f".{CHILD}.s0_state.weight"
+_STATE, _ALPHA = f".{CHILD}.s0_state.weight", f".{CHILD}.s0_alpha.weight"
 
 
-def _effective_state(mixer: nn.Module, config: S0Config, stored: Tensor) -> Tensor:
-    """What sequences start from in a mixer whose only adapter has this config and state."""
+def _effective_state(mixer: nn.Module, name: str, config: S0Config, stored: Tensor, alpha: Tensor | None) -> Tensor:
+    """What sequences start from in a mixer of this name whose only adapter has this config, state and learnt alpha."""
     layer = S0Layer(mixer, layer_of(mixer).declaration).eval()
+    set_alpha_keys("task", config, {name: layer})
     layer.update_layer("task", config, torch.device("meta"))
-    state = layer.state("task")
-    state.weight = nn.Parameter(stored, requires_grad=False)
-    # Its values were looked at when the file was read.
-    state.replaced = False
+    for kind, learnt in layer.learnt_tensors("task").items():
+        value = stored if kind == "s0_state" else alpha
+        assert value is not None, "the file was compared with what its config says"
+        learnt.weight = nn.Parameter(value.to(stored.device), requires_grad=False)
+        # Its values were looked at when the file was read.
+        learnt.replaced = False
     return layer.effective_state("task")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,7 +35,8 @@ class S0Callback(TrainerCallback):
 
     - `s0/norm_mean`, `s0/norm_max`: mean and maximum over layers of the Frobenius norm of the unscaled state,
     - `s0/offset_norm_mean`, `s0/offset_norm_max`: the same of state offsets (`variant`),
-    - `s0/alpha`: the scale of the state,
+    - `s0/alpha`: the scale of the state; where layers may differ (`learn_alpha`, `alpha_pattern`) the mean over layers,
+      with `s0/alpha_min` and `s0/alpha_max`,
     - `s0/penalty`: `l2_lambda * sum ||S||^2`, which is not in the loss that is logged.
 
     If several adapters are trained, their names follow `s0/`. At the start, it warns if the learning rates of all steps
@@ -110,30 +112,44 @@ class S0Callback(TrainerCallback):
     def _values(self) -> dict[str, float]:
         norms: dict[tuple[str, str], list[Tensor]] = {}
         penalties: dict[str, list[Tensor]] = {}
-        alphas: dict[str, float] = {}
+        alphas: dict[str, list[float]] = {}
+        differ = False
         for layer in self._layers:
             for name, config in layer.configs.items():
-                for kind, learnt in layer.learnt_tensors(name).items():
-                    if learnt.weight.requires_grad:
-                        with _whole(learnt) as state:
-                            norm = state.norm()
-                        norms.setdefault((name, kind), []).append(norm)
-                        penalties.setdefault(name, []).append(config.l2_lambda * norm.square())
-                        assert config.alpha is not None, "S0Model sets alpha before it makes layers"
-                        alphas[name] = config.alpha
+                trained = {kind: m for kind, m in layer.learnt_tensors(name).items() if m.weight.requires_grad}
+                if not trained:
+                    continue
+                differ = differ or config.learn_alpha or bool(config.alpha_pattern)
+                alphas.setdefault(name, []).append(_alpha_of(layer, name))
+                for kind, learnt in trained.items():
+                    if kind == "s0_alpha":
+                        continue
+                    with _whole(learnt) as state:
+                        norm = state.norm()
+                    norms.setdefault((name, kind), []).append(norm)
+                    penalties.setdefault(name, []).append(config.l2_lambda * norm.square())
         values: dict[str, float] = {}
-        for name, alpha in alphas.items():
+        for name, of_each in alphas.items():
             prefix = "s0/" if len(alphas) == 1 else f"s0/{name}/"
             for kind, label in (("s0_state", "norm"), ("s0_offset", "offset_norm")):
                 if (name, kind) in norms:
                     of_layers = torch.stack([norm.cpu() for norm in norms[name, kind]])
                     values[f"{prefix}{label}_mean"] = float(of_layers.mean())
                     values[f"{prefix}{label}_max"] = float(of_layers.max())
-            values |= {
-                f"{prefix}alpha": alpha,
-                f"{prefix}penalty": float(torch.stack([penalty.cpu() for penalty in penalties[name]]).sum()),
-            }
+            values[f"{prefix}alpha"] = fmean(of_each) if len({*of_each}) > 1 else of_each[0]
+            if differ:
+                values |= {f"{prefix}alpha_min": min(of_each), f"{prefix}alpha_max": max(of_each)}
+            if name in penalties:
+                values[f"{prefix}penalty"] = float(torch.stack([p.cpu() for p in penalties[name]]).sum())
         return values
+
+
+def _alpha_of(layer: S0Layer, adapter_name: str) -> float:
+    learnt = layer.learnt_tensors(adapter_name).get("s0_alpha")
+    if learnt is None:
+        return layer.alpha(adapter_name)
+    with _whole(learnt) as alpha:
+        return float(alpha.detach())
 
 
 @contextmanager

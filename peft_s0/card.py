@@ -15,6 +15,7 @@ from typing import Any, cast
 
 from huggingface_hub import ModelCard, ModelCardData
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
 
 from .storage import contents, is_state
 
@@ -130,6 +131,7 @@ class _Adapter:
         parameters: number of parameters in the file.
         size: bytes of the file.
         storage: how its states are stored.
+        alphas: those that were learnt, one for each layer.
     """
 
     folder: str
@@ -138,6 +140,7 @@ class _Adapter:
     parameters: int | None = None
     size: int | None = None
     storage: str | None = None
+    alphas: tuple[float, ...] = ()
 
     @property
     def base(self) -> str | None:
@@ -169,7 +172,7 @@ def _find_adapters(folder: Path) -> list[_Adapter]:
     return adapters
 
 
-def _measure(folder: Path) -> tuple[int, int, int, str] | tuple[()]:
+def _measure(folder: Path) -> tuple[int, int, int, str, tuple[float, ...]] | tuple[()]:
     file = folder / SAFETENSORS_WEIGHTS_NAME
     if not file.exists():
         return ()
@@ -177,7 +180,9 @@ def _measure(folder: Path) -> tuple[int, int, int, str] | tuple[()]:
     states = {name: storage for name, (storage, _) in found.items() if is_state(name)}
     layers = {name.rpartition(".s0.")[0] for name in states}
     parameters = sum(values for _, values in found.values())
-    return len(layers), parameters, file.stat().st_size, ", ".join(sorted(set(states.values())))
+    with safe_open(file, framework="pt") as tensors:
+        alphas = tuple(float(tensors.get_tensor(name)) for name in found if ".s0_alpha." in name)
+    return len(layers), parameters, file.stat().st_size, ", ".join(sorted(set(states.values()))), alphas
 
 
 def _hub_id(name: str | None) -> str | None:
@@ -229,7 +234,7 @@ def _table(adapters: list[_Adapter]) -> str:
     """A row for each adapter; a setting that none of them makes use of has no column."""
     columns = {
         "adapter": [f"`{adapter.folder}`" if adapter.folder != "." else "default" for adapter in adapters],
-        "alpha": [_shown(adapter.config.get("alpha")) for adapter in adapters],
+        "alpha": [_shown_alpha(adapter) for adapter in adapters],
     }
     if any(adapter.variant != "initial" for adapter in adapters):
         columns["variant"] = [adapter.variant for adapter in adapters]
@@ -254,6 +259,18 @@ def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "-" if value is None else f"{value:g}"
+
+
+def _shown_alpha(adapter: _Adapter) -> str:
+    """One number, or the range where layers have their own."""
+    alpha = _shown(adapter.config.get("alpha"))
+    own, how = list(adapter.alphas), "learnt from"
+    if not own:
+        own, how = list((adapter.config.get("alpha_pattern") or {}).values()), "others"
+    if not own:
+        return alpha
+    shown = f"{_shown(min(own))} to {_shown(max(own))}"
+    return f"{shown} by layer, {how} {alpha}"
 
 
 def _shown_size(size: int) -> str:

@@ -16,6 +16,7 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
 from safetensors import SafetensorError, safe_open
 
+from .alpha import check_alpha, check_pattern
 from .card import update_card_of_peft
 from .storage import DTYPES, store
 
@@ -25,7 +26,6 @@ VARIANTS = ("initial", "offset", "both")
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 # What LoraConfig has and a state has no use for, and what to use here.
-_SEVERAL = "adapters of their own (target_modules or layers_to_transform), active together: their states add up"
 _NOT_HERE = {
     "r": "rank, for states of low rank; the states are full otherwise",
     "lora_alpha": "alpha",
@@ -33,8 +33,8 @@ _NOT_HERE = {
     "lora_dropout": "l2_lambda to regularise; a state has no input that could be dropped",
     "bias": "modules_to_save to train further modules; S0 trains no biases",
     "target_parameters": "target_modules; S0 adapts whole recurrent mixers, no single parameters",
-    "rank_pattern": f"one rank for all layers, or {_SEVERAL}",
-    "alpha_pattern": f"one alpha for all layers, or {_SEVERAL}",
+    "rank_pattern": "one rank for all layers, or adapters of their own (target_modules or layers_to_transform), active "
+    "together: their states add up",
     "ensure_weight_tying": "trainable_token_indices, which keeps tied embeddings tied",
 }
 
@@ -75,7 +75,13 @@ class S0Config(PeftConfig):
             Tokenizer of `init_prompt`. `None`: the model's own.
         alpha (`float`, *optional*):
             Scale of the state. `None`: the default of the mixers' recurrence family (0.07 gated delta rule, 0.65
-            Mamba-2, 1.0 elsewhere), written into the config when it meets the model.
+            Mamba-2, 1.0 elsewhere), written into the config when it meets the model. How to choose it: docs/alpha.md.
+        alpha_pattern (`dict[str, float]`):
+            An alpha of their own for some layers. A key is the end of a mixer's name, as `"layers.0.linear_attn"`, or a
+            regular expression for it; of several that match, the first counts. All other layers have `alpha`.
+        learn_alpha (`bool`):
+            Learn one alpha for each layer beside its state, from `alpha` or `alpha_pattern` on, without a penalty. What
+            was learnt is saved with the states; the config keeps where it began. docs/alpha.md says when it is of use.
         train_alpha (`float`, *optional*):
             Scale while the model is in training mode. `None`: `alpha`, as in the paper's algorithm; `1.0`: as in its
             authors' code, which trains the bare state and scales afterwards. `normalize` does not apply to it.
@@ -142,6 +148,13 @@ class S0Config(PeftConfig):
     alpha: float | None = field(
         default=None, metadata={"help": "Scale of the state. None: the default of the mixers' recurrence family."}
     )
+    alpha_pattern: dict[str, float] = field(
+        default_factory=dict,
+        metadata={"help": "Alphas of some layers: ends of mixers' names, or regular expressions, to numbers."},
+    )
+    learn_alpha: bool = field(
+        default=False, metadata={"help": "Learn one alpha for each layer, which starts from alpha or alpha_pattern."}
+    )
     train_alpha: float | None = field(
         default=None,
         metadata={"help": "Scale in training mode. None: alpha (the paper); 1.0: as in the authors' code."},
@@ -187,8 +200,16 @@ class S0Config(PeftConfig):
             value = getattr(self, name)
             if value is None and name != "l2_lambda":
                 continue
-            if not _is_number(value) or not math.isfinite(value) or value < 0:
-                raise ValueError(f"S0Config: {name} must be a finite number >= 0, got {value!r}.")
+            check_alpha(f"S0Config: {name}", value)
+        self.alpha_pattern = {} if self.alpha_pattern is None else self.alpha_pattern
+        check_pattern(self.alpha_pattern)
+        if not isinstance(self.learn_alpha, bool):
+            raise ValueError(f"S0Config: learn_alpha must be True or False, got {self.learn_alpha!r}.")
+        if self.learn_alpha and self.train_alpha is not None:
+            raise ValueError(
+                f"S0Config: learn_alpha=True learns the scale that is used, and train_alpha={self.train_alpha} would "
+                "replace it in training. Leave train_alpha at None."
+            )
         if (self.init_weights == "prompt") != (self.init_prompt is not None):
             raise ValueError(
                 "S0Config: init_weights='prompt' and init_prompt go together, got "

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .alpha import find_keys
 from .config import S0Config
 from .mixers import Call, Mixer
 from .precision import keep_float32
@@ -222,6 +224,24 @@ class StateOffset(InitialState):
     """One adapter's state offset of one mixer: kept as a state is, but read at every step (see `offset`)."""
 
 
+class LearntAlpha(InitialState):
+    """One adapter's learnt scale of one mixer, a parameter of shape [1]: kept as a state is, without a penalty.
+
+    Args:
+        alpha: where it starts.
+        config: see `InitialState`.
+        device: see `InitialState`.
+        cast: see `InitialState`.
+    """
+
+    def __init__(self, alpha: float, config: S0Config, device: torch.device | None, cast: bool = False) -> None:
+        # Not of shape [], which FSDP2 does not take.
+        super().__init__((1,), replace(config, rank=None, init_weights=True, l2_lambda=0.0), device, cast)
+        if not self.weight.is_meta:
+            nn.init.constant_(self.weight, alpha)
+        self._adopt()
+
+
 class S0Layer(nn.Module, BaseTunerLayer):
     """The tuner layer of one recurrent mixer. It is the mixer's child `s0`; the mixer itself stays as it is.
 
@@ -230,8 +250,8 @@ class S0Layer(nn.Module, BaseTunerLayer):
         declaration: what is known of the mixer's class.
     """
 
-    adapter_layer_names = ("s0_state", "s0_offset")
-    other_param_names = ("configs",)
+    adapter_layer_names = ("s0_state", "s0_offset", "s0_alpha")
+    other_param_names = ("configs", "alpha_keys")
     # peft.helpers.disable_input_dtype_casting sets it on every tuner layer; states are cast nowhere.
     cast_input_dtype_enabled = True
 
@@ -241,7 +261,10 @@ class S0Layer(nn.Module, BaseTunerLayer):
         self.state_shape = tuple(int(size) for size in declaration.state_shape(mixer))
         self.s0_state = nn.ModuleDict()
         self.s0_offset = nn.ModuleDict()
+        self.s0_alpha = nn.ModuleDict()
         self.configs: dict[str, S0Config] = {}
+        # For an adapter whose alpha_pattern speaks of this layer, the key there.
+        self.alpha_keys: dict[str, str] = {}
         # The model's own, once S0Model has put it here.
         self.routing = Routing()
         # A bank's states, and the slot of each row while it is used; empty where no row has a task. A tensor, so that
@@ -276,6 +299,9 @@ class S0Layer(nn.Module, BaseTunerLayer):
             self.s0_state[adapter_name] = InitialState(self.state_shape, config, device, cast).train(self.training)
         if config.variant != "initial":
             self.s0_offset[adapter_name] = StateOffset(self.state_shape, config, device, cast).train(self.training)
+        if config.learn_alpha:
+            alpha = LearntAlpha(self.alpha(adapter_name), config, device, cast)
+            self.s0_alpha[adapter_name] = alpha.train(self.training)
         self.set_adapter(self.active_adapters)
 
     def state(self, adapter_name: str) -> InitialState:
@@ -283,7 +309,7 @@ class S0Layer(nn.Module, BaseTunerLayer):
         return cast(InitialState, self.s0_state[adapter_name])
 
     def learnt_tensors(self, adapter_name: str) -> dict[str, InitialState]:
-        """The modules that hold what an adapter has learnt here, by what it is: `s0_state`, `s0_offset`."""
+        """The modules that hold what an adapter has learnt here, by what it is: `s0_state`, `s0_offset`, `s0_alpha`."""
         found = {kind: getattr(self, kind) for kind in self.adapter_layer_names}
         return {kind: held[adapter_name] for kind, held in found.items() if adapter_name in held}
 
@@ -308,6 +334,18 @@ class S0Layer(nn.Module, BaseTunerLayer):
                     if parameter is not None and parameter.requires_grad != learns:
                         parameter.requires_grad_(learns)
         self._active_adapter = names
+
+    def alpha(self, adapter_name: str) -> float:
+        """The scale of an adapter's state in this layer: what was learnt, else what its config says now.
+
+        In training mode, `train_alpha` may go before it.
+        """
+        if adapter_name in self.s0_alpha:
+            return float(cast(LearntAlpha, self.s0_alpha[adapter_name]).weight.detach())
+        config = self.configs[adapter_name]
+        assert config.alpha is not None, "S0Model sets alpha before it makes layers"
+        key = self.alpha_keys.get(adapter_name)
+        return config.alpha if key is None else config.alpha_pattern.get(key, config.alpha)
 
     @property
     def participates(self) -> bool:
@@ -431,6 +469,12 @@ class S0Layer(nn.Module, BaseTunerLayer):
         # Gathered first and scaled then, so that the number of adapters does not count.
         states = torch.stack([found.get(name, zero) for name in names])
         factors = {factor for _, factor in scaled.values()}
+        if any(isinstance(factor, Tensor) for factor in factors):
+            # One that is learnt has a gradient, which needs the states as they were.
+            each = torch.stack(
+                [torch.as_tensor(scaled[name][1] if name in scaled else 1.0).to(states) for name in names]
+            )
+            return states * each.view(-1, *[1] * len(self.state_shape))
         if len(factors) == 1:
             return states.mul_(factors.pop())
         each = torch.tensor([scaled[name][1] if name in scaled else 1.0 for name in names], dtype=states.dtype)
@@ -466,7 +510,7 @@ class S0Layer(nn.Module, BaseTunerLayer):
             return torch.ones(states.shape[0], dtype=torch.bool, device=states.device)
         return (states != 0).flatten(1).any(dim=1)
 
-    def _scaled(self, adapter_name: str) -> tuple[Tensor, float]:
+    def _scaled(self, adapter_name: str) -> tuple[Tensor, float | Tensor]:
         """An adapter's state and the factor that it is still to be multiplied by."""
         return self._scale(adapter_name, self.state(adapter_name)())
 
@@ -480,17 +524,21 @@ class S0Layer(nn.Module, BaseTunerLayer):
         result: Tensor = self.s0_offset[adapter_name](read)
         return result
 
-    def _scale(self, adapter_name: str, state: Tensor) -> tuple[Tensor, float]:
-        """A state or an offset of an adapter, and the factor that it is still to be multiplied by."""
+    def _scale(self, adapter_name: str, state: Tensor) -> tuple[Tensor, float | Tensor]:
+        """A state or an offset of an adapter, and the factor that it is still to be multiplied by.
+
+        A factor that is learnt is a tensor of shape [].
+        """
         config = self.configs[adapter_name]
-        assert config.alpha is not None, "S0Model sets alpha before it makes layers"
         if self.training and config.train_alpha is not None:
             return state, config.train_alpha
         if config.normalize:
             norm = state.norm()
             # A zero state has no direction; it stays zero, with a finite gradient.
             state = torch.where(norm > 0, state / norm.clamp_min(torch.finfo(norm.dtype).tiny), state)
-        return state, config.alpha
+        if adapter_name in self.s0_alpha:
+            return state, self.s0_alpha[adapter_name]().squeeze(0).to(state.device)
+        return state, self.alpha(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # There is no base layer to read a device from; a state is moved to the hidden states' device when it is used.
@@ -533,6 +581,15 @@ class S0Layer(nn.Module, BaseTunerLayer):
     def forward(self, *args: Any, **kwargs: Any) -> None:
         """Never called; raises RuntimeError."""
         raise RuntimeError("An S0 layer is not called; it acts through the hooks of its mixer.")
+
+
+def set_alpha_keys(adapter_name: str, config: S0Config, layers: Mapping[str, S0Layer]) -> None:
+    """Tell layers, given by their mixers' names, where in a config's `alpha_pattern` they find their alpha."""
+    keys = find_keys(config.alpha_pattern, layers)
+    for name, layer in layers.items():
+        layer.alpha_keys.pop(adapter_name, None)
+        if name in keys:
+            layer.alpha_keys[adapter_name] = keys[name]
 
 
 def check_finite(name: str, state: Tensor) -> None:

@@ -25,10 +25,11 @@ from peft.utils import (
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 
+from .alpha import check_alpha, fit_pattern, layer_key
 from .card import tag_model, untag_model
 from .config import S0Config, load_config
 from .injection import CHILD, attach, detach, has_layer, layer_of, tap, unwatch, watch
-from .layer import MERGE_ERROR, S0Layer, check_finite
+from .layer import MERGE_ERROR, S0Layer, check_finite, set_alpha_keys
 from .mixers import Mixer, find_mixer, registered_mixers
 from .mixers.refused import looks_recurrent, refused
 from .naming import match_names, shared_name
@@ -146,6 +147,7 @@ class S0Model(BaseTuner):
                 f"nothing. The recurrent mixers of this model are {_shortened(mixers)}; leave target_modules at None "
                 "to adapt all of them."
             )
+        peft_config.alpha_pattern = fit_pattern(peft_config.alpha_pattern, matched)
 
     def _targets(self, config: S0Config, model: nn.Module | None = None) -> list[str]:
         """Names of the modules that a config's `target_modules` and the fields beside it choose.
@@ -173,6 +175,7 @@ class S0Model(BaseTuner):
             raise TypeError(f"S0 adapts recurrent mixers; '{current_key}' is a {type(target).__name__}.")
         if not has_layer(target):
             attach(target, S0Layer(target, declaration).train(target.training))
+        set_alpha_keys(adapter_name, peft_config, {current_key: layer_of(target)})
         layer_of(target).update_layer(adapter_name, peft_config, _device(target), casts_parameters(self.model))
         tap(target)
 
@@ -377,6 +380,8 @@ class S0Model(BaseTuner):
             own[adapters[0]],
             variant=variants.pop() if len(variants) == 1 else "both",
             alpha=1.0,
+            alpha_pattern={},
+            learn_alpha=False,
             train_alpha=None,
             normalize=False,
             rank=None,
@@ -396,13 +401,105 @@ class S0Model(BaseTuner):
                     ]
                     learnt.load_state_dict({"weight": torch.stack(parts).sum(0)})
 
+    def set_alpha(self, alpha: float | Mapping[str, float], adapter_name: str | None = None) -> None:
+        """Change the scale of an adapter's states, at once and in what is saved.
+
+        It is the scale of `S0Config.alpha` and `alpha_pattern`; `train_alpha`, where it is set, stays that of training.
+        Where alphas are learnt (`learn_alpha`), it is written over what was learnt, and learning goes on from there.
+        A bank's tasks have alphas of their own. Code that `torch.compile` made is compiled once more when a layer's
+        alpha changes for the first time, or is the layer's own for the first time, and never runs with the old value.
+
+        Args:
+            alpha: one number for all layers, or numbers by names of layers, as `targeted_module_names` gives them or
+                from the list of layers on (`"layers.0.linear_attn"`); layers that are not named keep theirs.
+            adapter_name: None for the active adapter. No call of the model may be running.
+
+        Raises:
+            ValueError: for an alpha that is no finite number >= 0, for unknown layers or an unknown adapter, and
+                without a name if not exactly one adapter is active. Nothing is changed then.
+
+        Example:
+            >>> model.set_alpha(0.1)
+            >>> model.set_alpha({"layers.0.linear_attn": 0.2, "layers.1.linear_attn": 0.0})
+        """
+        adapter_name = self._one_adapter(adapter_name)
+        if isinstance(alpha, Mapping):
+            layers = self._layers_of(adapter_name)
+            for name, value in alpha.items():
+                check_alpha(f"set_alpha: the alpha of '{name}'", value)
+            own = match_names(alpha, layers)
+            unknown = sorted(name for name in own if own[name] not in layers)
+            if unknown:
+                raise ValueError(
+                    f"set_alpha: unknown layers {unknown}; adapter '{adapter_name}' has {_shortened(layers)}."
+                )
+            alpha = {own[name]: float(value) for name, value in alpha.items()}
+        else:
+            check_alpha("set_alpha: alpha", alpha)
+        self._put_alpha(alpha, adapter_name)
+
+    def _put_alpha(self, alpha: float | dict[str, float], adapter_name: str) -> None:
+        """`set_alpha` without its checks, by the names that the layers have here. What is learnt may be negative."""
+        layers = self._layers_of(adapter_name)
+        config = cast(S0Config, self.peft_config[adapter_name])
+        if config.learn_alpha:
+            with torch.no_grad():
+                for name, layer in layers.items():
+                    if not isinstance(alpha, dict) or name in alpha:
+                        learnt = layer.learnt_tensors(adapter_name)["s0_alpha"]
+                        learnt.weight.fill_(alpha[name] if isinstance(alpha, dict) else alpha)
+        elif isinstance(alpha, dict):
+            given = {layer_key(name, layers): value for name, value in alpha.items()}
+            others = {key: value for key, value in config.alpha_pattern.items() if key not in given}
+            self._change_config(adapter_name, {"alpha_pattern": fit_pattern({**given, **others}, layers)})
+        else:
+            self._change_config(adapter_name, {"alpha": float(alpha), "alpha_pattern": {}})
+
+    def _one_adapter(self, adapter_name: str | None) -> str:
+        """The adapter of this name, or with None the one that is active.
+
+        Raises:
+            ValueError: if there is no such adapter of S0, or not exactly one is active.
+        """
+        own = sorted(name for name, config in self.peft_config.items() if isinstance(config, S0Config))
+        active = [name for name in self.active_adapters if name in own]
+        if adapter_name is None:
+            if len(active) != 1:
+                raise ValueError(f"Pass adapter_name, one of {own}: the active adapters are {active}.")
+            return str(active[0])
+        if adapter_name not in own:
+            raise ValueError(f"Unknown adapter '{adapter_name}'; this model has {own}.")
+        return adapter_name
+
+    def _layers_of(self, adapter_name: str) -> dict[str, S0Layer]:
+        """The tuner layers that an adapter has a state in, by the names of their mixers."""
+        modules = self.model.named_modules()
+        return {
+            name.removesuffix(f".{CHILD}"): module
+            for name, module in modules
+            if isinstance(module, S0Layer) and adapter_name in module.configs
+        }
+
+    def _change_config(self, adapter_name: str, changes: Mapping[str, Any]) -> None:
+        """Set fields of an adapter's config; one that it shares with other adapters becomes its own."""
+        layers = self._layers_of(adapter_name)
+        config = cast(S0Config, self.peft_config[adapter_name])
+        if any(other is config for name, other in self.peft_config.items() if name != adapter_name):
+            # As TRL makes its reference adapter.
+            self.peft_config[adapter_name] = config = copy.copy(config)
+            for layer in layers.values():
+                layer.configs[adapter_name] = config
+        for field, value in changes.items():
+            setattr(config, field, value)
+        set_alpha_keys(adapter_name, config, layers)
+
     def hotswap_adapter(self, model_id: str | Path, adapter_name: str, **kwargs: Any) -> None:
         """Replace the states of a loaded adapter by those of a file, in place.
 
         Parameters stay the objects they are, so that an optimiser goes on with them and a compiled model runs on. The
-        file's `alpha`, `train_alpha` and `normalize`, which say how its states are read, are taken over; the name,
-        `l2_lambda` and all else stay the adapter's own. Code that `torch.compile` made for another `alpha` is compiled
-        once more, for any `alpha`; a program that `torch.export` wrote keeps the old one.
+        file's `alpha`, `alpha_pattern`, `train_alpha` and `normalize`, which say how its states are read, are taken
+        over; the name, `l2_lambda` and all else stay the adapter's own. Code that `torch.compile` made for another
+        `alpha` is compiled once more, for any `alpha`; a program that `torch.export` wrote keeps the old one.
 
         Args:
             model_id: folder or Hub id of the saved adapter.
@@ -411,20 +508,23 @@ class S0Model(BaseTuner):
 
         Raises:
             ValueError: if there is no such adapter, if the file is refused as it would be in loading, or if it differs
-                in what fixes the parameters: layers, `rank`, `variant`, `modules_to_save`, `trainable_token_indices`.
+                in what fixes the parameters: layers, `rank`, `variant`, `learn_alpha`, `modules_to_save`,
+                `trainable_token_indices`.
                 The adapter is then as it was.
         """
         if adapter_name not in self.peft_config:
             raise ValueError(f"Unknown adapter '{adapter_name}'; this model has {sorted(self.peft_config)}.")
         current = cast(S0Config, self.peft_config[adapter_name])
         config = self._prepare_adapter_config(load_config(model_id, **kwargs), self.get_model_config(self.model))
-        for field in ("rank", "variant", "modules_to_save", "trainable_token_indices"):
+        for field in ("rank", "variant", "learn_alpha", "modules_to_save", "trainable_token_indices"):
             expected, found = getattr(current, field), getattr(config, field)
             if expected != found:
                 raise ValueError(
                     f"Adapter '{adapter_name}' has {field}={expected!r}, but that of '{model_id}' has {found!r}: its "
                     "parameters are others and cannot be replaced in place. Load it with load_adapter."
                 )
+        scales = {field: getattr(config, field) for field in ("alpha", "train_alpha", "normalize")}
+        scales["alpha_pattern"] = fit_pattern(config.alpha_pattern, self._layers_of(adapter_name))
         states = {
             name.removeprefix("base_model.model."): state
             for name, state in load_peft_weights(str(model_id), device="cpu", **kwargs).items()
@@ -433,8 +533,7 @@ class S0Model(BaseTuner):
         # Loaded or trained, the adapter stays if this file is refused.
         vars(current).pop("awaits_states", None)
         set_peft_model_state_dict(self.model, states, adapter_name)
-        for field in ("alpha", "train_alpha", "normalize"):
-            setattr(current, field, getattr(config, field))
+        self._change_config(adapter_name, scales)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -640,12 +739,18 @@ def _check_states(model: nn.Module, adapter_name: str, state_dict: dict[str, Ten
             f"The states do not fit this model: they are of variant='{variants[1]}', but adapter '{adapter_name}' has "
             f"variant='{variants[0]}'. Load them with the config that was saved with them."
         )
+    learnt = [any(".s0_alpha." in name for name in names) for names in (expected, found)]
+    if None not in variants and learnt[0] != learnt[1]:
+        raise ValueError(
+            f"The states do not fit this model: they come {'with' if learnt[1] else 'without'} learnt alphas, but "
+            f"adapter '{adapter_name}' has learn_alpha={learnt[0]}. Load them with the config that was saved with them."
+        )
     check_fit(expected, found)
 
 
 def _variant(names: Iterable[str]) -> str | None:
     """The variant that learnt tensors of these names are of; None if there are none."""
-    kinds = {match.group(1) for match in map(_LEARNT.search, names) if match is not None}
+    kinds = {match.group(1) for match in map(_LEARNT.search, names) if match is not None} - {"s0_alpha"}
     return None if not kinds else "both" if len(kinds) > 1 else "initial" if "s0_state" in kinds else "offset"
 
 

@@ -168,12 +168,14 @@ import peft_s0
 later = {"peft_s0.analysis", "peft_s0.soups", "matplotlib"}
 assert not {"trl", "transformers.trainer", "transformers.trainer_callback", *later} & set(sys.modules)
 assert "S0Callback" in peft_s0.__all__
+assert "peft_s0.calibrate" not in sys.modules
 peft_s0.S0Callback()
 assert not {"trl", "transformers.trainer"} & set(sys.modules)
 from peft_s0 import *
 assert S0Callback is peft_s0.S0Callback
 assert callable(soup) and callable(state_from_prompt) and callable(analysis.norms)
 assert "matplotlib" not in sys.modules
+assert calibrate_alpha is peft_s0.calibrate_alpha
 """
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
     with pytest.raises(AttributeError, match="has no attribute 'S0Calback'"):

@@ -71,6 +71,11 @@ def test_the_card_says_what_is_in_the_file(model: PeftModel, architecture: Archi
     assert re.search(r"### Framework versions\n\n- PEFT \d", card.text)
 
 
+def test_alphas_of_layers(architecture: Architecture, tmp_path: Path) -> None:
+    tuned(architecture, alpha_pattern={r"layers\.0\..*": 0.25, r"layers\.1\..*": 2.0}).save_pretrained(tmp_path)
+    assert rows_of(card_of(tmp_path))[0]["alpha"] == "0.25 to 2 by layer, others 0.7"
+
+
 def test_settings_show_where_they_are_used(architecture: Architecture, tmp_path: Path) -> None:
     model = tuned(architecture, train_alpha=1.0, normalize=True, rank=2)
     model.add_adapter("second", S0Config(alpha=0.25))

@@ -297,7 +297,6 @@ def test_merging(tuned: Tuned) -> None:
         ({"init_lora_weights": False}, "no init_lora_weights. Use init_weights."),
         ({"target_parameters": ["x"]}, "no target_parameters. Use target_modules; S0 adapts whole recurrent mixers"),
         ({"rank_pattern": {"x": 2}}, "no rank_pattern. Use one rank for all layers, or adapters of their own"),
-        ({"alpha_pattern": {"x": 2}}, "no alpha_pattern. Use one alpha for all layers, or adapters of their own"),
         ({"ensure_weight_tying": True}, "no ensure_weight_tying. Use trainable_token_indices"),
         ({"anything_else": 1}, "unexpected keyword argument 'anything_else'"),
     ],
@@ -336,7 +335,7 @@ def test_what_is_for_weights_only(tuned: Tuned, folder: Path) -> None:
 
 
 def test_instead_of_rescaling(tuned: Tuned) -> None:
-    """What docs/peft.md says to do: alpha is read in each call."""
+    """The config counts in each call, also where it is written to directly."""
     ids = tuned.ids(1, 5)
     with torch.no_grad():
         tuned.model.peft_config["default"].alpha *= 0.5

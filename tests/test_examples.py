@@ -30,8 +30,11 @@ EXAMPLES = ROOT / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import arguments  # noqa: E402
+import calibrate  # noqa: E402
 import dpo  # noqa: E402
 import grpo  # noqa: E402
+import miniature.evaluate  # noqa: E402
+import quickstart  # noqa: E402
 import sft  # noqa: E402
 from miniature.base import load_base, load_tokenizer  # noqa: E402
 from miniature.evaluate import HELD_OUT, complete  # noqa: E402
@@ -231,6 +234,29 @@ def test_dpo(tmp_path: Path) -> None:
     assert margins[-1] > 0.05
 
 
+@pytest.mark.filterwarnings("ignore")  # as the script does it
+def test_calibrate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The script with few problems, solutions and steps: what it writes is what it says and what it saves."""
+    monkeypatch.setattr(miniature.evaluate, "HELD_OUT", HELD_OUT[:8])
+    monkeypatch.setattr(quickstart, "SOLUTIONS", 6)
+    monkeypatch.setattr(calibrate, "SOLUTIONS", 6)
+    monkeypatch.setattr(calibrate, "PROBLEMS", 8)
+    monkeypatch.setattr(calibrate, "GRID", [0.5, 4.0])
+    monkeypatch.setattr(sys, "argv", ["calibrate.py", "--output", str(tmp_path)])
+    calibrate.main()
+    output = capsys.readouterr().out
+    tested = json.loads((tmp_path / "tested.json").read_text())
+    assert all(re.search(rf"{re.escape(name)} .*{rate}", output) for name, (_, rate) in tested.items())
+    layered = json.loads((tmp_path / "loss-layer-by-layer.json").read_text())
+    best = layered["best"] if isinstance(layered["best"], dict) else {"": layered["best"]}
+    config = S0Config.from_pretrained(tmp_path / "states")
+    assert {config.alpha, *config.alpha_pattern.values()} == {*best.values()}
+    assert config.train_alpha == 1.0
+    losses = json.loads((tmp_path / "loss.json").read_text())["table"]
+    assert losses[2]["value"] != losses[1]["value"] < losses[0]["value"]
+    assert (tmp_path / "alpha.png").read_bytes().startswith(b"\x89PNG")
+
+
 # Then on other models, with data from a file, and the paper's recipe but for what would take too long.
 
 PROBLEMS = list(islice(problems("train"), 4))
@@ -311,6 +337,10 @@ def parse(monkeypatch: pytest.MonkeyPatch, *options: str) -> tuple[Any, ...]:
         torch.set_num_threads(threads)
 
 
+def as_option(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, dict) else str(value)
+
+
 def test_every_field_is_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
     own = {field.name for field in dataclasses.fields(S0Config)} - {f.name for f in dataclasses.fields(PeftConfig)}
     assert {field.name for field in dataclasses.fields(arguments.S0Arguments)} == {f"s0_{name}" for name in own}
@@ -325,6 +355,8 @@ def test_every_field_is_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
         "trainable_token_indices": [1, 2],
         "init_weights": 0.5,
         "alpha": 0.3,
+        "alpha_pattern": {"layers.0.linear_attn": 0.5},
+        "learn_alpha": False,
         "train_alpha": 1.0,
         "normalize": True,
         "l2_lambda": 0.0,
@@ -335,7 +367,7 @@ def test_every_field_is_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
     options = [
         option
         for name, value in values.items()
-        for option in (f"--s0_{name}", *map(str, value if isinstance(value, list) else [value]))
+        for option in (f"--s0_{name}", *map(as_option, value if isinstance(value, list) else [value]))
     ]
     *_, s0 = parse(monkeypatch, *options)
     assert s0.config() == S0Config(task_type="CAUSAL_LM", **values)

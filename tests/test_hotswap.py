@@ -69,8 +69,9 @@ def loaded(architecture: Architecture, folder: Path, ids: Tensor) -> Tensor:
         {"alpha": 1.3, "train_alpha": 0.5},
         {"alpha": 9.0, "normalize": True, "l2_lambda": 0.1},
         {"target_modules": r".*layers\.\d+\.(linear_attn|mamba)"},
+        {"alpha": 0.4, "alpha_pattern": {r"layers\.1\..*": 2.0}},
     ],
-    ids=["same", "alpha", "normalize", "pattern"],
+    ids=["same", "alpha", "normalize", "pattern", "alpha_pattern"],
 )
 def test_a_swapped_adapter_is_the_one_in_the_file(tuned: Tuned, tmp_path: Path, config: dict) -> None:
     architecture, model, ids = tuned.architecture, tuned.model, tuned.ids(2, 9)
@@ -85,7 +86,7 @@ def test_a_swapped_adapter_is_the_one_in_the_file(tuned: Tuned, tmp_path: Path, 
     assert torch.equal(loaded(architecture, tmp_path / "saved", ids), model(ids).logits)
     expected = S0Config.from_pretrained(folder)
     kept = model.peft_config["default"]
-    for field in ("alpha", "train_alpha", "normalize"):
+    for field in ("alpha", "alpha_pattern", "train_alpha", "normalize"):
         assert getattr(kept, field) == getattr(expected, field)
     assert kept.l2_lambda == 0.0
     assert kept.target_modules == before["config"]["target_modules"]
