@@ -5,17 +5,22 @@ RUN := $(VENV)/bin/python
 # The Triton kernels have an environment of their own: transformers takes them wherever they are installed.
 KERNELS := .venv-kernels
 RUN_KERNELS := $(KERNELS)/bin/python
+# So has DeepSpeed, which is imported wherever it is installed: a folder, which its tests alone look into.
+DEEPSPEED := .deepspeed
 
-.PHONY: quickstart test lint kernels
+.PHONY: quickstart test lint kernels deepspeed
 
 quickstart: $(VENV)/examples
 	$(RUN) examples/quickstart.py
 
-test: $(VENV)/dev lint kernels
+test: $(VENV)/dev $(DEEPSPEED)/installed lint kernels
 	$(RUN) -m pytest -n 2
 
 kernels: $(KERNELS)/kernels
 	$(RUN_KERNELS) -m pytest -n 2 -p tests.kernels.interpreter tests/kernels
+
+deepspeed: $(DEEPSPEED)/installed
+	$(RUN) -m pytest -n 2 tests/test_distributed.py -k deepspeed
 
 lint: $(VENV)/dev
 	$(RUN) -m ruff check .
@@ -35,4 +40,10 @@ $(KERNELS)/kernels: pyproject.toml constraints.txt constraints-kernels.txt
 		--editable ".[fla]" triton einops setuptools wheel packaging pytest pytest-timeout pytest-xdist hypothesis
 	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE $(RUN_KERNELS) -m pip install --quiet --no-build-isolation \
 		--no-deps --constraint constraints-kernels.txt mamba-ssm
+	touch $@
+
+# Without its dependencies, of which the others are there, and without its kernels.
+$(DEEPSPEED)/installed: $(VENV)/dev
+	$(RUN) -m pip install --quiet --target $(DEEPSPEED) --upgrade --no-build-isolation --no-deps \
+		--constraint constraints.txt deepspeed einops hjson msgpack py-cpuinfo
 	touch $@

@@ -110,8 +110,8 @@ class InitialState(Float32Module):
 
         Raises:
             RuntimeError: if the state is for inference and was never loaded.
-            ValueError: if a loader that does not look at values has loaded NaN or infinity; in training, if an engine has
-                cast the state, or would give the penalty another weight.
+            ValueError: if a loader that does not look at values has loaded NaN or infinity; in training, if an engine
+                has cast the state, or would give the penalty another weight.
         """
         self.check_loaded()
         if torch.is_grad_enabled():

@@ -468,8 +468,8 @@ class S0Model(BaseTuner):
         for name, state in found.items():
             if _STATE_KEY in name and state.numel() == 0:
                 raise ValueError(
-                    f"The state '{name}' is empty here: DeepSpeed's ZeRO-3 has dealt it out to the processes. Save with "
-                    "trainer.save_model(), in all processes, or within deepspeed.zero.GatheredParameters."
+                    f"The state '{name}' is empty here: DeepSpeed's ZeRO-3 has dealt it out to the processes. Save "
+                    "with trainer.save_model(), in all processes, or within deepspeed.zero.GatheredParameters."
                 )
         return found
 

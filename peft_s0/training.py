@@ -171,9 +171,10 @@ def check_precision(state: InitialState) -> None:
     weight = state.weight
     if weight.requires_grad and weight.dtype.itemsize < 4:
         raise ValueError(
-            f"S0 states are trained in float32, but this one is {weight.dtype} in the forward pass: the mixed precision "
-            "of FSDP and DeepSpeed casts all parameters. Switch that off (mixed_precision: 'no', and bf16=False in the "
-            "trainer's arguments) and load the base model in bfloat16 instead (dtype='bfloat16'), which stays so."
+            f"S0 states are trained in float32, but this one is {weight.dtype} in the forward pass: the mixed "
+            "precision of FSDP and DeepSpeed casts all parameters. Switch that off (mixed_precision: 'no', and "
+            "bf16=False in the trainer's arguments) and load the base model in bfloat16 instead (dtype='bfloat16'), "
+            "which stays so."
         )
 
 

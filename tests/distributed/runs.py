@@ -14,11 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from peft import get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Trainer
@@ -39,7 +41,8 @@ ARGUMENTS: dict[str, Any] = {
     "per_device_eval_batch_size": 12,
     "lr_scheduler_type": "linear",
     # Where gradients are next to nothing, Adam divides rounding by rounding; this keeps it from doing so.
-    "adam_epsilon": 1e-3,
+    "adam_epsilon": 0.1,
+    "learning_rate": 5e-2,
     "save_strategy": "steps",
     "save_steps": 2,
 }
@@ -139,17 +142,20 @@ def train(folder: Path, resume: str | None = None, **options: Any) -> dict[str, 
         "best": trainer.state.best_model_checkpoint,
         "sum": sum(float(state.double().sum()) for state in states.values()),
         "seen": sorted(seen),
-        **{name: logged(trainer, name) for name in ("loss", "grad_norm", "s0/norm_mean", "s0/norm_max", "s0/penalty", "eval_loss")},
+        **{
+            name: logged(trainer, name)
+            for name in ("loss", "grad_norm", "s0/norm_mean", "s0/norm_max", "s0/penalty", "eval_loss")
+        },
     }
 
 
-def refused(folder: Path, **options: Any) -> dict[str, Any]:
+def refused(folder: Path, resume: str | None = None, **options: Any) -> dict[str, Any]:
     """What is said when a training is refused."""
     trainer = make(folder, **options)
     try:
-        trainer.train()
-    except ValueError as error:
-        return {"error": str(error), "written": sorted(map(str, folder.rglob("*.safetensors")))}
+        trainer.train(resume_from_checkpoint=resume)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}", "written": len([*folder.rglob("*.safetensors")])}
     return {"error": None}
 
 
@@ -160,27 +166,51 @@ def refused_save(folder: Path, **options: Any) -> dict[str, Any]:
     try:
         trainer.model.save_pretrained(folder / f"past-{trainer.accelerator.process_index}")
     except Exception as error:
-        return {"error": f"{type(error).__name__}: {error}"}
+        return {"error": f"{type(error).__name__}: {error}", "written": len([*folder.rglob("*.safetensors")])}
+    return {"error": None}
+
+
+def refused_cast(folder: Path, architecture: str, stage: int) -> dict[str, Any]:
+    """What is said where DeepSpeed's bf16 casts what is trained. On CPUs, trainers do not get that far."""
+    import deepspeed
+
+    (row,) = [row for row in MAIN if row.name == architecture]
+    model = get_peft_model(row.build().bfloat16(), S0Config(**CONFIG))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    config = {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}, "zero_optimization": {"stage": stage}}
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config={**config, "zero_allow_untested_optimizer": True}
+    )
+    try:
+        engine(torch.tensor([[5, 6, 7]]))
+    except ValueError as error:
+        return {"error": f"{type(error).__name__}: {error}", "written": 0}
     return {"error": None}
 
 
 def example(folder: Path, architecture: str, options: list[str]) -> dict[str, Any]:
-    """`examples/sft.py`, by its command line."""
+    """`examples/sft.py`, by its command line; the last run of its processes, for it parts them."""
     import sft as script
 
     engine = on_cpus(architecture)
     given = ["--use_cpu"] if engine.get("use_cpu", True) else ["--ddp_backend", "gloo"]
     if "accelerator_config" in engine:
         given += ["--accelerator_config", json.dumps(engine["accelerator_config"])]
-    sys.argv = ["sft.py", "--output_dir", str(folder), *given, *options]
-    script.main()
+    with patch.object(sys, "argv", ["sft.py", "--output_dir", str(folder), *given, *options]):
+        script.main()
     return {}
 
 
 def perform(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
     """Do what an entry of `runs.json` says, in a folder of its name."""
     options = dict(run)
-    work = {"train": train, "refused": refused, "refused_save": refused_save, "example": example}
+    work = {
+        "train": train,
+        "refused": refused,
+        "refused_save": refused_save,
+        "refused_cast": refused_cast,
+        "example": example,
+    }
     with redirect_stdout(io.StringIO()):
         return work[options.pop("do", "train")](folder / options.pop("name"), **options)
 
@@ -193,8 +223,9 @@ def main(folder: Path) -> None:
 
         # Its own reduction in shared memory is compiled when it is first used. Without it, gloo reduces.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    rank = int(os.environ["RANK"])
     done = {run["name"]: perform(folder, run) for run in json.loads((folder / "runs.json").read_text())}
-    (folder / f"{PartialState().process_index}.json").write_text(json.dumps(done))
+    (folder / f"{rank}.json").write_text(json.dumps(done))
 
 
 if __name__ == "__main__":
