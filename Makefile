@@ -4,20 +4,25 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 # The Triton kernels have an environment of their own: transformers takes them wherever they are installed.
 KERNELS := .venv-kernels
+RUN_KERNELS := $(KERNELS)/bin/python
+# DeepSpeed, which is imported wherever it is installed, too: a folder, which its tests alone look into.
+DEEPSPEED := .deepspeed
 # The site is built from the sources as they stand, without importing them.
 SITE := .venv-site
-RUN_KERNELS := $(KERNELS)/bin/python
 
-.PHONY: quickstart test lint kernels site
+.PHONY: quickstart test lint kernels site deepspeed
 
 quickstart: $(VENV)/examples
 	$(RUN) examples/quickstart.py
 
-test: $(VENV)/dev lint site kernels
+test: $(VENV)/dev $(DEEPSPEED)/installed lint site kernels
 	$(RUN) -m pytest -n 2
 
 kernels: $(KERNELS)/kernels
 	$(RUN_KERNELS) -m pytest -n 2 -p tests.kernels.interpreter tests/kernels
+
+deepspeed: $(DEEPSPEED)/installed
+	$(RUN) -m pytest -n 2 tests/test_distributed.py -k deepspeed
 
 site: $(SITE)/site
 	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/python -m mkdocs build --quiet --strict
@@ -46,4 +51,10 @@ $(SITE)/site: constraints.txt
 	test -x $(SITE)/bin/python || $(PYTHON) -m venv $(SITE)
 	$(SITE)/bin/python -m pip install --quiet --constraint constraints.txt mkdocs-material "mkdocstrings[python]" \
 		mkdocs-include-markdown-plugin ruff
+	touch $@
+
+# Without its dependencies, of which the others are there, and without its kernels.
+$(DEEPSPEED)/installed: $(VENV)/dev
+	$(RUN) -m pip install --quiet --target $(DEEPSPEED) --upgrade --no-build-isolation --no-deps \
+		--constraint constraints.txt deepspeed einops hjson msgpack py-cpuinfo
 	touch $@

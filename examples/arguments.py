@@ -87,7 +87,10 @@ class S0Arguments(make_dataclass("S0Fields", _FIELDS)):
 
 
 def parse_arguments(
-    training_type: type[TrainingArguments], recipe: dict[str, Any], tiny: dict[str, Any]
+    training_type: type[TrainingArguments],
+    recipe: dict[str, Any],
+    tiny: dict[str, Any],
+    script_type: type[ScriptArguments] = ScriptArguments,
 ) -> tuple[ScriptArguments, TrainingArguments, ModelConfig, DatasetMixtureConfig, S0Arguments]:
     """The arguments of a script, from the command line and the file named there with --config.
 
@@ -95,6 +98,7 @@ def parse_arguments(
         training_type: The trainer's config.
         recipe: Defaults.
         tiny: Defaults that go before these if no model is named.
+        script_type: The options of the script itself.
 
     Raises:
         ValueError: For LoRA's --use_peft, which is not for these scripts, or a model without data.
@@ -102,7 +106,7 @@ def parse_arguments(
     # The model first: it decides on the defaults of the rest.
     model_only = TrlParser(ModelConfig, add_help=False, allow_abbrev=False)
     named = model_only.parse_args_and_config(return_remaining_strings=True)[0].model_name_or_path is not None
-    parser = TrlParser((ScriptArguments, training_type, ModelConfig, DatasetMixtureConfig, S0Arguments))
+    parser = TrlParser((script_type, training_type, ModelConfig, DatasetMixtureConfig, S0Arguments))
     parser.set_defaults_with_config(**{**recipe, **({} if named else tiny)})
     script, training, model, mixture, s0 = parser.parse_args_and_config()
     if not named:

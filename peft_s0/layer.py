@@ -18,7 +18,7 @@ from .config import S0Config
 from .mixers import Call, Mixer
 from .precision import keep_float32
 from .rows import Routing
-from .training import check_engine, penalize
+from .training import check_engine, check_precision, penalize
 
 
 class Float32Module(nn.Module):
@@ -117,10 +117,12 @@ class InitialState(Float32Module):
 
         Raises:
             RuntimeError: if the state is for inference and was never loaded.
-            ValueError: if a loader that does not look at values has loaded NaN or infinity.
+            ValueError: if a loader that does not look at values has loaded NaN or infinity; in training, if an engine
+                has cast the state, or would give the penalty another weight.
         """
         self.check_loaded()
         if torch.is_grad_enabled():
+            check_precision(self)
             check_engine(self)
             penalize(self)
         if use is not None:

@@ -587,6 +587,18 @@ class S0Model(BaseTuner):
         return RowAdapters(names, inputs[0].shape[0] if inputs else None)
 
     @classmethod
+    def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """What is saved of an adapter; refused where another process holds it, before anything is written."""
+        found: dict[str, Tensor] = super()._get_adapter_state_dict(*args, **kwargs)
+        for name, state in found.items():
+            if _STATE_KEY in name and state.numel() == 0:
+                raise ValueError(
+                    f"The state '{name}' is empty here: DeepSpeed's ZeRO-3 has dealt it out to the processes. Save "
+                    "with trainer.save_model(), in all processes, or within deepspeed.zero.GatheredParameters."
+                )
+        return found
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: S0Config, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:

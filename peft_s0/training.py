@@ -162,6 +162,22 @@ def check_engine(state: InitialState) -> None:
         )
 
 
+def check_precision(state: InitialState) -> None:
+    """Refuse to train a state that an engine has cast to fewer digits than a step of training needs.
+
+    Raises:
+        ValueError: under FSDP's mixed precision, and where DeepSpeed's bf16 or fp16 is enabled.
+    """
+    weight = state.weight
+    if weight.requires_grad and weight.dtype.itemsize < 4:
+        raise ValueError(
+            f"S0 states are trained in float32, but this one is {weight.dtype} in the forward pass: the mixed "
+            "precision of FSDP and DeepSpeed casts all parameters. Switch that off (mixed_precision: 'no', and "
+            "bf16=False in the trainer's arguments) and load the base model in bfloat16 instead (dtype='bfloat16'), "
+            "which stays so."
+        )
+
+
 def average_over_examples(trainer: Trainer) -> None:
     """Let a trainer average its loss over the examples of a step, as the paper's recipe does.
 

@@ -18,9 +18,11 @@ from typing import Any
 import pytest
 import torch
 from architectures import Architecture
+from datasets import Dataset
 from hub import TOKEN, Hub
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load, load_file
+from trainers import mean_loss
 from trl import SFTConfig
 
 from peft_s0 import S0Config
@@ -311,6 +313,36 @@ def test_the_paper_recipe_on_a_model_and_a_file(
     if name == "grpo":
         assert 0 < history(folder, "reward")[0] < 1
     assert not (folder / "answers.jsonl").exists()
+
+
+@pytest.mark.filterwarnings("ignore")  # of TRL, on models without names
+@pytest.mark.parametrize("over_examples", [False, True])
+def test_what_the_loss_is_averaged_over(
+    architecture: Architecture, files: Path, monkeypatch: pytest.MonkeyPatch, over_examples: bool
+) -> None:
+    """Of completions of different lengths, in one step, with a state that is still zero: the base model's losses."""
+    rows = [
+        {"prompt": row["prompt"], "completion": row["completion"] + " + 1" * 3 * k} for k, row in enumerate(ROWS["sft"])
+    ]
+    (files / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--model_name_or_path", str(files / "model"), "--dataset_name", str(files / "sft.jsonl")]
+    options += ["--output_dir", str(files / "output"), "--use_cpu", "--max_steps", "1", "--dtype", "float32"]
+    options += ["--bf16", "False", *(["--average_over_examples"] if over_examples else [])]
+    monkeypatch.setattr(sys, "argv", ["sft.py", *options])
+    sft.main()
+
+    tokenizer, model = load_tokenizer(), architecture.build(0)
+    examples = []
+    for row in rows:
+        prompt, whole = (tokenizer(text)["input_ids"] for text in (row["prompt"], row["prompt"] + row["completion"]))
+        whole = [*whole, tokenizer.eos_token_id]
+        examples.append({"input_ids": [whole], "labels": [[-100] * len(prompt) + whole[len(prompt) :]]})
+    lengths = [len(example["labels"][0]) - example["labels"][0].count(-100) for example in examples]
+    losses = [mean_loss(model, Dataset.from_dict(example)) for example in examples]
+    over_tokens = sum(loss * length for loss, length in zip(losses, lengths, strict=True)) / sum(lengths)
+    means = [over_tokens, sum(losses) / len(losses)]
+    assert means[0] != pytest.approx(means[1], rel=1e-3)
+    assert history(files / "output", "loss") == [pytest.approx(means[over_examples], rel=1e-5)]
 
 
 def test_programs_in_answers() -> None:
