@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .config import check_readable, find_states, load_config
 from .injection import CHILD, has_layer, layer_of
-from .layer import InitialState, S0Layer
+from .layer import S0Layer
 from .probing import base_of, final_states, in_eval_mode, token_rows, without_adapters
 
 Floats = NDArray[np.float64]
@@ -33,7 +33,7 @@ Integers = NDArray[np.int64]
 # Tokens whose distributions are compared at a time: in float64 they are large.
 _PIECE = 64
 _COLOUR = "#2a6f97"
-_NAME = re.compile(rf"^(?:base_model\.model\.)?(.*)\.{CHILD}\.s0_(\w+)\.weight$")
+_NAME = re.compile(rf"^(?:base_model\.model\.)?(.*)\.{CHILD}\.s0_(state|offset)\.weight$")
 
 
 @dataclass(frozen=True)
@@ -298,7 +298,7 @@ class Norms:
     Attributes:
         layers: names of the mixers; an offset's says so.
         heads: Frobenius norm of each head's state, [heads] for each layer. A vector state counts as one head.
-        alpha: scale of the states where they are used.
+        alpha: scale of the states where they are used; None: layers have alphas of their own.
     """
 
     layers: list[str]
@@ -366,18 +366,16 @@ def _of_model(model: nn.Module, adapter_name: str | None) -> tuple[dict[str, Ten
         if len(active) != 1:
             raise ValueError(f"norms: the active adapters are {active}; pass adapter_name.")
         (adapter_name,) = active
-    states, alpha = {}, None
+    states, alphas = {}, set()
     for name, mixer in layers.items():
         layer = layer_of(mixer)
-        for kind in layer.adapter_layer_names:
-            held = getattr(layer, kind)
-            if adapter_name in held and isinstance(held[adapter_name], InitialState):
-                state = held[adapter_name].compose(held[adapter_name].weight.detach())
-                states[_named(name, kind.removeprefix("s0_"))], alpha = state, layer.configs[adapter_name].alpha
+        for kind, learnt in layer.states(adapter_name).items():
+            states[_named(name, kind.removeprefix("s0_"))] = learnt.compose(learnt.weight.detach())
+            alphas.add(layer.alpha(adapter_name))
     if not states:
         known = sorted({name for mixer in layers.values() for name in layer_of(mixer).configs})
         raise ValueError(f"norms: unknown adapter '{adapter_name}'; this model has {known}.")
-    return states, alpha
+    return states, alphas.pop() if len(alphas) == 1 else None
 
 
 def _of_file(source: str, options: dict[str, Any]) -> tuple[dict[str, Tensor], float | None]:
@@ -392,7 +390,9 @@ def _of_file(source: str, options: dict[str, Any]) -> tuple[dict[str, Tensor], f
         raise ValueError(f"norms: '{source}' has no states.")
     check_readable(file)
     found = {_NAME.match(name): state for name, state in load_file(file).items()}
-    return {_named(match[1], match[2]): state for match, state in found.items() if match is not None}, config.alpha
+    own = config.learn_alpha or config.alpha_pattern
+    states = {_named(match[1], match[2]): state for match, state in found.items() if match is not None}
+    return states, None if own else config.alpha
 
 
 def _named(mixer: str, kind: str) -> str:

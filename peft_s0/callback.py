@@ -121,8 +121,8 @@ class S0Callback(TrainerCallback):
                     continue
                 differ = differ or config.learn_alpha or bool(config.alpha_pattern)
                 alphas.setdefault(name, []).append(_alpha_of(layer, name))
-                for kind, learnt in trained.items():
-                    if kind == "s0_alpha":
+                for kind, learnt in layer.states(name).items():
+                    if kind not in trained:
                         continue
                     with _whole(learnt) as state:
                         norm = state.norm()

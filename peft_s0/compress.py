@@ -64,8 +64,7 @@ def compress_adapter(model: PeftModel, adapter_name: str, rank: int, new_name: s
         if isinstance(layer, S0Layer) and adapter_name in layer.configs
     }
     states = {
-        name: {kind: learnt() for kind, learnt in layer.learnt_tensors(adapter_name).items()}
-        for name, layer in layers.items()
+        name: {kind: learnt() for kind, learnt in layer.states(adapter_name).items()} for name, layer in layers.items()
     }
     for name, of_mixer in states.items():
         for state in of_mixer.values():
@@ -74,9 +73,12 @@ def compress_adapter(model: PeftModel, adapter_name: str, rank: int, new_name: s
     errors = {}
     for name, layer in layers.items():
         differences = []
-        for kind, made in layer.learnt_tensors(new_name).items():
+        for kind, made in layer.states(new_name).items():
             made.load_state_dict({"weight": _factors(states[name][kind], rank)})
             differences.append(states[name][kind] - made())
+        if config.learn_alpha:
+            learnt, made = (layer.learnt_tensors(adapter)["s0_alpha"] for adapter in (adapter_name, new_name))
+            made.load_state_dict(learnt.state_dict())
         norm = float(torch.stack([*states[name].values()]).norm())
         errors[name] = float(torch.stack(differences).norm()) / norm if norm > 0 else 0.0
     return errors

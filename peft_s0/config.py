@@ -311,6 +311,10 @@ def check_holds_prompt(config: S0Config) -> None:
         )
     elif config.alpha == 0:
         reason = "alpha=0 lets nothing of it in; leave it at None, or set 1.0"
+    elif 0 in config.alpha_pattern.values():
+        reason = f"alpha_pattern={config.alpha_pattern!r} lets nothing of it into a layer; leave 0 out"
+    elif config.train_alpha is not None and config.alpha_pattern:
+        reason = f"train_alpha={config.train_alpha!r} takes no account of alpha_pattern; leave it at None"
     if reason is not None:
         raise ValueError(f"S0Config: the state of a prompt cannot be kept: {reason}.")
 

@@ -315,6 +315,10 @@ class S0Layer(nn.Module, BaseTunerLayer):
         found = {kind: getattr(self, kind) for kind in self.adapter_layer_names}
         return {kind: held[adapter_name] for kind, held in found.items() if adapter_name in held}
 
+    def states(self, adapter_name: str) -> dict[str, InitialState]:
+        """Those of `learnt_tensors` that have the shape of a state."""
+        return {kind: held for kind, held in self.learnt_tensors(adapter_name).items() if kind != "s0_alpha"}
+
     @property
     def parts(self) -> tuple[str, ...]:
         """Attributes of the mixer that are tapped. What only offsets need is left alone without them."""

@@ -591,7 +591,7 @@ class S0Model(BaseTuner):
         """What is saved of an adapter; refused where another process holds it, before anything is written."""
         found: dict[str, Tensor] = super()._get_adapter_state_dict(*args, **kwargs)
         for name, state in found.items():
-            if _STATE_KEY in name and state.numel() == 0:
+            if _LEARNT.search(name) and state.numel() == 0:
                 raise ValueError(
                     f"The state '{name}' is empty here: DeepSpeed's ZeRO-3 has dealt it out to the processes. Save "
                     "with trainer.save_model(), in all processes, or within deepspeed.zero.GatheredParameters."

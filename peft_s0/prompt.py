@@ -143,6 +143,4 @@ def _write(model: nn.Module, adapter_name: str, states: dict[nn.Module, Tensor])
     for mixer, state in states.items():
         if has_layer(mixer) and adapter_name in layer_of(mixer).configs:
             layer = layer_of(mixer)
-            alpha = layer.configs[adapter_name].alpha
-            assert alpha is not None, "S0Model sets alpha before it makes layers"
-            layer.state(adapter_name).write(state / alpha)
+            layer.state(adapter_name).write(state / layer.alpha(adapter_name))

@@ -75,7 +75,8 @@ def soup(
     Raises:
         ValueError: for no adapters, weights that are not one finite number for each, files that are refused as they
             would be in loading, and adapters that have no sum: of different base models, layers, shapes, variants or
-            scales, with `rank` or `normalize`, or with more in them than states. Nothing is written then.
+            scales, with `rank`, `normalize` or `learn_alpha`, or with more in them than states. Nothing is written
+            then.
 
     Example:
         >>> soup(["right", "one-line"], [0.7, 0.3], "mixture")
@@ -113,6 +114,7 @@ def _read_config(name: str, options: Mapping[str, Any]) -> S0Config:
     for field, advice in (
         ("rank", f"a sum of low-rank states is not of that rank. {_LINEAR}"),
         ("normalize", f"it is the normalised states that add up. {_LINEAR}"),
+        ("learn_alpha", f"it is the scaled states that add up. {_LINEAR}"),
         ("modules_to_save", "states add up, whole modules do not"),
         ("trainable_token_indices", "states add up, token embeddings do not"),
     ):

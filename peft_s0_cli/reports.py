@@ -21,6 +21,7 @@ from peft_s0.skeleton import load_without_weights
 
 # What a state is called in a file: learnt at the start of a sequence, or added where it is read.
 _STATE = re.compile(r"(?:base_model\.model\.)?(.*)\.s0\.s0_(state|offset)\.weight")
+_ALPHA = re.compile(r"(?:base_model\.model\.)?(.*)\.s0\.s0_alpha\.weight")
 _UNRECORDED = {"peft_version", "auto_mapping", "inference_mode", "base_model_name_or_path", "revision"}
 
 
@@ -82,7 +83,7 @@ def _multiplied_out(
             _named(f"{key}.{kind}.weight"): module.compose(module.weight)
             for key, layer in model.get_base_model().named_modules()
             if isinstance(layer, S0Layer)
-            for kind, module in layer.learnt_tensors("default").items()
+            for kind, module in layer.states("default").items()
         }
 
 
@@ -115,6 +116,12 @@ def inspection(saved: Saved) -> dict[str, Any]:
         "base_model": config.base_model_name_or_path,
         "variant": config.variant,
         "alpha": config.alpha,
+        "alpha_pattern": config.alpha_pattern,
+        "learnt_alphas": {
+            match[1]: float(tensor)
+            for key, tensor in saved.others.items()
+            if (match := _ALPHA.fullmatch(key)) is not None
+        },
         "train_alpha": config.train_alpha,
         "normalize": config.normalize,
         "rank": config.rank,
@@ -129,10 +136,12 @@ def inspection(saved: Saved) -> dict[str, Any]:
 def show_inspection(found: dict[str, Any]) -> str:
     """`inspection` as text."""
     lines = [found["adapter"]]
+    own = found["alpha_pattern"] | found["learnt_alphas"]
     shown = {
         "base model": found["base_model"] or "not said",
         "variant": found["variant"],
         "alpha": _number(found["alpha"]) + ("" if not found["normalize"] else ", of the normalised state"),
+        **{f"alpha of {name}": _number(alpha) for name, alpha in own.items()},
         "train_alpha": "as alpha" if found["train_alpha"] is None else _number(found["train_alpha"]),
         "rank": "full" if found["rank"] is None else str(found["rank"]),
         "layers": str(len(found["layers"])),

@@ -215,6 +215,18 @@ def test_norms(architecture: Architecture, rank: int | None, tmp_path: Path) -> 
     np.testing.assert_allclose(grid, np.stack(result.heads))
 
 
+@pytest.mark.parametrize("config", [{"learn_alpha": True}, {"alpha_pattern": {r"layers\.1\..*": 0.2}}], ids=str)
+def test_norms_where_layers_have_alphas_of_their_own(config: dict, tmp_path: Path) -> None:
+    model = tune(MAIN[0], **config).model
+    model.set_alpha({"layers.0.linear_attn": 0.1})
+    model.save_pretrained(tmp_path)
+    for found in (analysis.norms(model), analysis.norms(tmp_path)):
+        assert found.alpha is None
+        assert len(found.layers) == MAIN[0].states
+    model.set_alpha(0.5)
+    assert analysis.norms(model).alpha == 0.5
+
+
 def test_offsets(tmp_path: Path) -> None:
     model = get_peft_model(MAIN[0].build(), S0Config(variant="both", init_weights=1.0)).eval()
     result = analysis.norms(model)

@@ -139,6 +139,23 @@ def test_inspect(architecture: Architecture, base: Path, tmp_path: Path, rank: i
         assert re.search(rf"^{layer['name']} +4 x {rows} x {columns} +{shown[0]} +{shown[1]}$", text, re.MULTILINE)
 
 
+def test_alphas_of_layers(tmp_path: Path) -> None:
+    save_adapter(tmp_path / "given", MAIN[0], alpha=0.25, alpha_pattern={"layers.0.linear_attn": 0.5})
+    save_adapter(tmp_path / "learnt", MAIN[0], learn_alpha=True)
+    given, learnt = (json.loads(call("inspect", tmp_path / name, "--json").stdout) for name in ("given", "learnt"))
+    assert (given["alpha"], given["alpha_pattern"], given["learnt_alphas"]) == (0.25, {"layers.0.linear_attn": 0.5}, {})
+    stored = load_file(tmp_path / "learnt" / "adapter_model.safetensors")
+    assert learnt["learnt_alphas"] == {
+        name.removeprefix("base_model.model.").removesuffix(".s0.s0_alpha.weight"): float(value)
+        for name, value in stored.items()
+        if "s0_alpha" in name
+    }
+    assert len(learnt["learnt_alphas"]) == len(learnt["layers"]) == MAIN[0].states
+    assert re.search(r"alpha of layers.0.linear_attn +0.5\n", call("inspect", tmp_path / "given").stdout)
+    name, alpha = next(iter(learnt["learnt_alphas"].items()))
+    assert re.search(rf"alpha of {name} +{alpha:.4g}\n", call("inspect", tmp_path / "learnt").stdout)
+
+
 @pytest.mark.parametrize("rank", [None, 2])
 def test_offsets_stand_beside_states(tmp_path: Path, rank: int | None) -> None:
     QWEN.build().save_pretrained(tmp_path / "base")

@@ -160,6 +160,21 @@ def test_any_alpha_starts_from_the_same(architecture: Architecture) -> None:
         torch.testing.assert_close(stored, plain[name] / architecture.alpha)
 
 
+@pytest.mark.parametrize("learn_alpha", [False, True])
+def test_alphas_of_layers_start_from_the_same(learn_alpha: bool) -> None:
+    plain = states_of(state_from_prompt(MAIN[0].build(), None, ids(7)))
+    config = S0Config(alpha=2.0, alpha_pattern={r"layers\.1\..*": 0.25}, learn_alpha=learn_alpha)
+    scaled = state_from_prompt(MAIN[0].build(), None, ids(7), config=config)
+    for name, state in states_of(scaled).items():
+        torch.testing.assert_close(state, plain[name])
+    with pytest.raises(ValueError, match=r"alpha_pattern={'linear_attn': 0} lets nothing of it into a layer"):
+        state_from_prompt(MAIN[0].build(), None, ids(7), config=S0Config(alpha_pattern={"linear_attn": 0}))
+    with pytest.raises(ValueError, match=r"train_alpha=1.0 takes no account of alpha_pattern"):
+        state_from_prompt(
+            MAIN[0].build(), None, ids(7), config=S0Config(alpha=1.0, train_alpha=1.0, alpha_pattern={"linear_attn": 2})
+        )
+
+
 def test_an_offset_beside_it_begins_at_zero() -> None:
     model = state_from_prompt(MAIN[0].build(), None, ids(7), config=S0Config(alpha=1.0, variant="both"))
     expected = states_of(state_from_prompt(MAIN[0].build(), None, ids(7)))

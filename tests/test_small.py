@@ -471,6 +471,25 @@ def test_offsets_are_compressed_and_stored_as_states_are(tuned: Tuned, tmp_path:
     assert torch.equal(loaded(IDS).logits, tuned.model(IDS).logits)
 
 
+def test_learnt_alphas_stay_as_they_are(tuned: Tuned, tmp_path: Path) -> None:
+    """Whatever is made of the states."""
+    tuned.model.add_adapter("whole", S0Config(init_weights=1.0, alpha=0.5, learn_alpha=True, storage="int8"))
+    tuned.model.set_alpha(0.123, "whole")
+    errors = compress_adapter(tuned.model, "whole", 2, "low")
+    plain = compress_adapter(tuned.model, "default", 2, "plain")
+    assert all(0 < error < 1 for error in (*errors.values(), *plain.values()))
+    tuned.model.save_pretrained(tmp_path, selected_adapters=["whole", "low"])
+    for name in ("whole", "low"):
+        alphas = [value for key, value in load_file(states_file(tmp_path / name)).items() if "s0_alpha" in key]
+        assert len(alphas) == tuned.architecture.states
+        assert all(torch.equal(alpha, torch.tensor([0.123])) for alpha in alphas)
+    loaded = PeftModel.from_pretrained(tuned.architecture.build(), tmp_path / "low")
+    tuned.model.set_adapter("low")
+    expected = tuned.model(IDS).logits
+    # What is in memory is exact, what is in the file in int8.
+    assert float((loaded(IDS).logits - expected).norm() / expected.norm()) < 0.05
+
+
 def test_a_state_of_zero_has_no_error(architecture: Architecture) -> None:
     tuned = tune(architecture, init_weights=True)
     assert set(compress_adapter(tuned.model, "default", 1, "small").values()) == {0.0}

@@ -147,6 +147,14 @@ OTHERS = [
     ({"variant": "offset"}, "variant='initial', but '.*other' has variant='offset'. They act in different ways"),
     ({"rank": 2}, "'.*other' has rank=2: a sum of low-rank states is not of that rank"),
     ({"normalize": True}, "'.*other' has normalize=True: it is the normalised states that add up"),
+    (
+        {"alpha_pattern": {"0.linear_attn": 2.0}},
+        "has alpha_pattern={}, but '.*other' has alpha_pattern={'0.linear_attn",
+    ),
+    (
+        {"learn_alpha": True},
+        "'.*other' has learn_alpha=True: it is the scaled states that add up. Load the adapters on",
+    ),
     ({"modules_to_save": ["lm_head"]}, "modules_to_save=.*whole modules do not"),
     ({"trainable_token_indices": [5]}, "trainable_token_indices=.*token embeddings do not"),
     (
