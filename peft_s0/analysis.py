@@ -26,6 +26,7 @@ from .config import check_readable, find_states, load_config
 from .injection import CHILD, has_layer, layer_of
 from .layer import S0Layer
 from .probing import base_of, final_states, in_eval_mode, token_rows, without_adapters
+from .storage import decode
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -389,7 +390,7 @@ def _of_file(source: str, options: dict[str, Any]) -> tuple[dict[str, Tensor], f
     if file is None:
         raise ValueError(f"norms: '{source}' has no states.")
     check_readable(file)
-    found = {_NAME.match(name): state for name, state in load_file(file).items()}
+    found = {_NAME.match(name): state for name, state in decode(load_file(file)).items()}
     own = config.learn_alpha or config.alpha_pattern
     states = {_named(match[1], match[2]): state for match, state in found.items() if match is not None}
     return states, None if own else config.alpha

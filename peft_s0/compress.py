@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import torch
 from peft import PeftModel
-from torch import Tensor
 
 from .config import S0Config
 from .injection import CHILD
@@ -74,7 +73,7 @@ def compress_adapter(model: PeftModel, adapter_name: str, rank: int, new_name: s
     for name, layer in layers.items():
         differences = []
         for kind, made in layer.states(new_name).items():
-            made.load_state_dict({"weight": _factors(states[name][kind], rank)})
+            made.write(states[name][kind])
             differences.append(states[name][kind] - made())
         if config.learn_alpha:
             learnt, made = (layer.learnt_tensors(adapter)["s0_alpha"] for adapter in (adapter_name, new_name))
@@ -82,10 +81,3 @@ def compress_adapter(model: PeftModel, adapter_name: str, rank: int, new_name: s
         norm = float(torch.stack([*states[name].values()]).norm())
         errors[name] = float(torch.stack(differences).norm()) / norm if norm > 0 else 0.0
     return errors
-
-
-def _factors(state: Tensor, rank: int) -> Tensor:
-    """The factors of the nearest state of a rank, [heads, rows + columns, rank], as a state keeps them."""
-    left, values, right = torch.linalg.svd(state, full_matrices=False)
-    roots = values[:, None, :rank].sqrt()
-    return torch.cat([left[..., :rank] * roots, right[:, :rank].transpose(1, 2) * roots], dim=1)

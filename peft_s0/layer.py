@@ -153,10 +153,13 @@ class InitialState(Float32Module):
             state: [heads, ...], unscaled.
         """
         if self.rank is not None:
-            # U is orthonormal, also where the state has fewer singular values than the rank, so that V has a gradient.
+            # By the largest singular values (Eckart and Young), with their roots in either factor.
             left, values, right = torch.linalg.svd(state.double(), full_matrices=False)
-            right = right.transpose(1, 2) * values.unsqueeze(1)
-            state = torch.cat([left[..., : self.rank], right[..., : self.rank]], dim=1)
+            values, right = values[:, None, : self.rank], right[:, : self.rank].transpose(1, 2)
+            # Where the state has fewer than the rank, U is not zero, so that V has a gradient.
+            there = values > torch.finfo(torch.float32).eps * values.amax(-1, keepdim=True)
+            left = left[..., : self.rank] * torch.where(there, values.sqrt(), 1.0)
+            state = torch.cat([left, right * torch.where(there, values.sqrt(), 0.0)], dim=1)
         self.weight.copy_(state)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:

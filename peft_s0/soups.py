@@ -8,9 +8,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -21,9 +20,12 @@ from torch import Tensor
 
 from .card import CARD_NAME, update_model_card
 from .config import S0Config, check_readable, find_states, load_config
+from .convert import ADAPTER_FILES
+from .files import check_place, new_folder
 from .injection import CHILD
 from .model import check_fit
 from .naming import match_names
+from .storage import decode
 
 # What a state is called in a file: learnt at the start of a sequence, or added where it is read.
 _STATE = re.compile(rf"\.{CHILD}\.s0_(state|offset)\.weight$")
@@ -42,6 +44,7 @@ _FREE = {
     "auto_mapping",
     "peft_version",
     "task_type",
+    "storage",
 }
 
 _LINEAR = "Load the adapters on one model and use add_weighted_adapter"
@@ -56,23 +59,27 @@ def soup(
     adapters: Sequence[str | Path],
     weights: Sequence[float] | None,
     output: str | Path,
+    *,
+    overwrite: bool = False,
     **kwargs: Any,
 ) -> Path:
     """Make a new adapter that starts from a weighted sum of the states of saved ones.
 
     It is what `add_weighted_adapter` makes on a model, in a folder of its own with config and model card. States are
-    added in float64 and written in float32.
+    added in float64, and stored as the first adapter's `storage` says.
 
     Args:
         adapters: folders or Hub ids of S0 adapters.
         weights: one for each, of any sign and sum; None: their mean.
-        output: folder to write to. An adapter that is there is replaced, also if it is one of the ingredients.
+        output: folder to write to, which is there when all is done, or not at all.
+        overwrite: replace an adapter that is there, even if it is one of the ingredients.
         kwargs: `revision`, `token` and the like, for the Hub.
 
     Returns:
         The folder.
 
     Raises:
+        FileExistsError: if `output` exists and may not be replaced.
         ValueError: for no adapters, weights that are not one finite number for each, files that are refused as they
             would be in loading, and adapters that have no sum: of different base models, layers, shapes, variants or
             scales, with `rank`, `normalize` or `learn_alpha`, or with more in them than states. Nothing is written
@@ -89,6 +96,7 @@ def soup(
     for weight in weights:
         if not isinstance(weight, (int, float)) or not math.isfinite(weight):
             raise ValueError(f"soup: a weight must be a finite number, got {weight!r}.")
+    check_place(output, overwrite, ADAPTER_FILES)
     names = [str(adapter) for adapter in adapters]
     first = _read_config(names[0], kwargs)
     total: dict[str, Tensor] = {}
@@ -106,7 +114,14 @@ def soup(
             raise ValueError(f"soup: '{name}' has no sum with '{names[0]}': {error}") from error
         for key, state in states.items():
             total[key] += weight * state.double()
-    return _write(Path(output), first, {key: state.float() for key, state in total.items()}, names, weights)
+    config = replace(first, init_weights=True, init_prompt=None, tokenizer_name_or_path=None, inference_mode=True)
+    with new_folder(output, overwrite, ADAPTER_FILES) as folder:
+        states = {key: state.float() for key, state in total.items()}
+        save_file(states, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        config.save_pretrained(str(folder))
+        ModelCard(_card(names, weights)).save(folder / CARD_NAME)
+        update_model_card(folder)
+    return Path(output)
 
 
 def _read_config(name: str, options: Mapping[str, Any]) -> S0Config:
@@ -139,27 +154,13 @@ def _read_states(name: str, options: Mapping[str, Any]) -> dict[str, Tensor]:
     if file is None:
         raise ValueError(f"soup: '{name}' has no {SAFETENSORS_WEIGHTS_NAME}; save the adapter with save_pretrained.")
     check_readable(file)
-    states = load_file(file)
+    states = decode(load_file(file))
     others = sorted(key for key in states if _STATE.search(key) is None)
     if others:
         raise ValueError(f"soup: '{name}' holds '{others[0]}' beside its states, which has no sum.")
     return states
 
 
-def _write(
-    folder: Path, config: S0Config, states: dict[str, Tensor], names: Sequence[str], weights: Sequence[float]
-) -> Path:
-    """Write states, config and card, each in one step."""
-    config.init_weights, config.init_prompt, config.tokenizer_name_or_path = True, None, None
-    config.inference_mode = True
-    folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
-        file = Path(temporary, SAFETENSORS_WEIGHTS_NAME)
-        save_file(states, file, metadata={"format": "pt"})
-        file.replace(folder / SAFETENSORS_WEIGHTS_NAME)
-    config.save_pretrained(str(folder))
+def _card(names: Sequence[str], weights: Sequence[float]) -> str:
     rows = "".join(f"| {name} | {weight:g} |\n" for name, weight in zip(names, weights, strict=True))
-    text = f"---\nlibrary_name: peft\n---\n\n# A sum of S0 adapters\n\n| adapter | weight |\n| --- | --- |\n{rows}"
-    ModelCard(text).save(folder / CARD_NAME)
-    update_model_card(folder)
-    return folder
+    return f"---\nlibrary_name: peft\n---\n\n# A sum of S0 adapters\n\n| adapter | weight |\n| --- | --- |\n{rows}"

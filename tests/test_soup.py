@@ -12,8 +12,9 @@ from conftest import states_of
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from peft_s0 import S0Config, soup, soups
+from peft_s0 import S0Config, analysis, soup, soups
 from peft_s0.config import load_config
+from peft_s0.storage import decode
 
 NAMES = ("first", "second", "third")
 WEIGHTS = [0.7, -0.2, 1.5]
@@ -115,10 +116,28 @@ def test_config_and_card(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "soup").iterdir()) == ["README.md", CONFIG, STATES]
 
 
+@pytest.mark.parametrize("storage", ["bfloat16", "int8"])
+def test_adapters_that_are_stored_small(folders: list[Path], storage: str, tmp_path: Path) -> None:
+    small = save(MAIN[0], tmp_path / "small", 3, storage=storage)
+    soup([folders[0], small], [1.0, 2.0], tmp_path / "soup")
+    soup([small, folders[0]], [2.0, 1.0], tmp_path / "stored")
+    whole, stored = (decode(load_file(tmp_path / name / STATES)) for name in ("soup", "stored"))
+    states = [decode(load_file(folder / STATES)) for folder in (folders[0], small)]
+    for name, state in whole.items():
+        torch.testing.assert_close(state, states[0][name] + 2 * states[1][name])
+        error = float((stored[name] - state).abs().max())
+        assert 0 < error < 0.02 * float(state.abs().max())
+    assert analysis.norms(tmp_path / "stored").norms == pytest.approx(
+        [float(state.norm()) for state in stored.values()]
+    )
+
+
 def test_onto_one_of_its_ingredients(folders: list[Path], tmp_path: Path) -> None:
     mine = save(MAIN[0], tmp_path / "mine", 7)
     before = load_file(mine / STATES)
-    soup([mine, folders[0]], [1.0, 1.0], mine)
+    with pytest.raises(FileExistsError, match="mine' exists already"):
+        soup([mine, folders[0]], [1.0, 1.0], mine)
+    soup([mine, folders[0]], [1.0, 1.0], mine, overwrite=True)
     other = load_file(folders[0] / STATES)
     for name, state in load_file(mine / STATES).items():
         torch.testing.assert_close(state, before[name] + other[name])
@@ -137,7 +156,8 @@ def test_an_interrupted_save_leaves_the_old_files(
 
     monkeypatch.setattr(soups, "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        soup(folders, None, mine)
+        soup(folders, None, mine, overwrite=True)
+    assert list(tmp_path.iterdir()) == [mine]
     assert {path.name: path.read_bytes() for path in mine.iterdir()} == before
 
 
