@@ -139,6 +139,26 @@ def test_inspect(architecture: Architecture, base: Path, tmp_path: Path, rank: i
         assert re.search(rf"^{layer['name']} +4 x {rows} x {columns} +{shown[0]} +{shown[1]}$", text, re.MULTILINE)
 
 
+def test_states_that_are_stored_small(tmp_path: Path) -> None:
+    """They are measured, compared and exported as what is loaded of them."""
+    QWEN.build().save_pretrained(tmp_path / "base")
+    norms = {}
+    for storage in ("float32", "bfloat16", "int8"):
+        save_adapter(tmp_path / storage, QWEN, tmp_path / "base", storage=storage)
+        found = json.loads(call("inspect", tmp_path / storage, "--json").stdout)
+        assert (found["storage"], found["parameters"]) == ([storage], 3 * 4 * 16 * 8)
+        assert f" bytes, states in {storage}\n" in call("inspect", tmp_path / storage).stdout
+        norms[storage] = torch.tensor([layer["head_norms"] for layer in found["layers"]])
+        call("export", tmp_path / storage, "-o", tmp_path / "theirs", "--overwrite")
+        exported = [*load_file(tmp_path / "theirs" / "states.safetensors").values()]
+        measured = torch.stack([state.flatten(1).norm(dim=1) for state in exported])
+        assert torch.equal(measured, norms[storage])
+    for storage in ("bfloat16", "int8"):
+        assert 0 < (norms[storage] / norms["float32"] - 1).abs().max() < 1e-2
+        layers = json.loads(call("diff", tmp_path / "float32", tmp_path / storage, "--json", code=1).stdout)["layers"]
+        assert all(0 < layer["distance"] < 1e-2 for layer in layers)
+
+
 @pytest.mark.parametrize("rank", [None, 2])
 def test_offsets_stand_beside_states(tmp_path: Path, rank: int | None) -> None:
     QWEN.build().save_pretrained(tmp_path / "base")
