@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch import Tensor
 
 from peft_s0 import S0Config, S0Layer
+from peft_s0.analysis import Norms
 from peft_s0.config import check_readable, find_states, load_config
 from peft_s0.model import check_fit
 from peft_s0.naming import match_names, shared_name
@@ -154,6 +156,19 @@ def show_inspection(found: dict[str, Any]) -> str:
         shape = " x ".join(map(str, layer["shape"]))
         rows.append((layer["name"], shape, _number(layer["mean_norm"]), _number(layer["max_norm"])))
     return "\n".join([*lines, "", *_table(rows)])
+
+
+def draw_norms(found: dict[str, Any], file: Path) -> None:
+    """Draw the norms of an `inspection` as a heat map of layers and heads.
+
+    Raises:
+        ImportError: without matplotlib.
+        ValueError: for a format that matplotlib does not write.
+    """
+    heads = [np.array(layer["head_norms"]) for layer in found["layers"]]
+    axes = Norms([layer["name"] for layer in found["layers"]], heads, found["alpha"]).plot()
+    axes.set_title(found["adapter"])
+    axes.figure.savefig(file, dpi=160)
 
 
 def compare(first: Saved, second: Saved) -> dict[str, Any]:

@@ -95,11 +95,11 @@ finally:
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout.endswith("False False\n")
-    for name in ("inspect", "diff", "import", "export", "run", "train"):
+    for name in ("inspect", "diff", "soup", "import", "export", "run", "train"):
         assert re.search(rf"^  {name} ", run.stdout, re.MULTILINE)
 
 
-@pytest.mark.parametrize("command", ["inspect", "diff", "import", "export", "run", "train"])
+@pytest.mark.parametrize("command", ["inspect", "diff", "soup", "import", "export", "run", "train"])
 def test_every_command_has_help_with_examples(command: str) -> None:
     assert f"Examples:\n    peft-s0 {command}" in call(command, "--help").stdout
 
@@ -190,6 +190,18 @@ def test_inspect_without_a_base_model(tmp_path: Path) -> None:
     assert "does not say which base model it is for; name the base model" in failure("inspect", tmp_path / "low")
     QWEN.build().save_pretrained(tmp_path / "base")
     assert "rank         2\n" in call("inspect", tmp_path / "low", "--base-model", tmp_path / "base").stdout
+
+
+def test_a_heat_map_of_norms(tmp_path: Path) -> None:
+    QWEN.build().save_pretrained(tmp_path / "base")
+    save_adapter(tmp_path / "adapter", QWEN, tmp_path / "base", rank=2)
+    for name in ("norms.png", "norms.svg"):
+        call("inspect", tmp_path / "adapter", "--plot", tmp_path / name)
+    assert (tmp_path / "norms.png").read_bytes().startswith(b"\x89PNG")
+    # A colour for each head of each layer, and the layers by their names.
+    drawing = (tmp_path / "norms.svg").read_text()
+    assert all(f"<!-- {word} -->" in drawing for word in ("head", "norm of the state"))
+    assert "is not supported" in failure("inspect", tmp_path / "adapter", "--plot", tmp_path / "norms.none")
 
 
 def test_layers_are_listed_in_the_order_of_the_model(tmp_path: Path) -> None:
@@ -293,6 +305,27 @@ def test_diff_of_other_layers_shapes_and_weights(tmp_path: Path) -> None:
 def test_what_cannot_be_compared(tmp_path: Path) -> None:
     save_adapter(tmp_path / "a", QWEN)
     assert "Can't find 'adapter_config.json'" in failure("diff", tmp_path / "a", tmp_path / "none", code=2)
+
+
+def test_soup(architecture: Architecture, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        save_adapter(tmp_path / f"seed-{seed}", architecture, alpha=0.25, seed=seed)
+    first, second, out = tmp_path / "seed-0", tmp_path / "seed-1", tmp_path / "out"
+    assert call("soup", first, second, "-o", out, "--weights", "0.5,-2").stdout == f"{out}\n"
+    a, b = states_of(first), states_of(second)
+    for name, state in states_of(out).items():
+        torch.testing.assert_close(state, 0.5 * a[name] - 2 * b[name], atol=1e-6, rtol=1e-6)
+    assert S0Config.from_pretrained(out).alpha == 0.25
+    before = contents(out)
+    assert f"'{out}' exists already" in failure("soup", first, second, "-o", out)
+    assert "takes numbers with commas between them" in call("soup", first, "-o", out, "--weights", "1;2", code=2).stderr
+    assert "pass one weight for each adapter, got 2 and 1" in failure(
+        "soup", first, second, "-o", out, "--weights", "1", "--overwrite"
+    )
+    assert contents(out) == before
+    call("soup", first, second, "-o", out, "--overwrite")
+    for name, state in states_of(out).items():
+        torch.testing.assert_close(state, (a[name] + b[name]) / 2, atol=1e-6, rtol=1e-6)
 
 
 def test_import_and_export(architecture: Architecture, base: Path, tmp_path: Path) -> None:
