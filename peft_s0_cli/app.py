@@ -142,6 +142,7 @@ def inspect(
     adapter: Adapter,
     base_model: BaseModel = None,
     as_json: AsJson = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the norms as a heat map of layers and heads; a file.")] = None,
     revision: Revision = None,
     subfolder: Subfolder = None,
     trust_remote_code: Trust = False,
@@ -151,9 +152,11 @@ def inspect(
     Norms are Frobenius norms of a head's state, unscaled as it is stored; a low-rank state is multiplied out, for which
     the base model's config is needed.
     """
-    from .reports import inspection, read, show_inspection
+    from .reports import draw_norms, inspection, read, show_inspection
 
     found = inspection(read(adapter, base_model, trust_remote_code, **_hub_options(revision, subfolder)))
+    if plot is not None:
+        draw_norms(found, plot)
     typer.echo(json.dumps(found, indent=2) if as_json else show_inspection(found))
 
 
@@ -276,6 +279,47 @@ def export(
     else:
         export_s0_tuning(adapter, output, base_model, **how)
     typer.echo(f"{output}")
+
+
+_SOUP = """
+\b
+Examples:
+  peft-s0 soup seed-0 seed-1 seed-2 -o mean
+  peft-s0 soup right one-line --weights 0.7,0.3 -o mixture
+"""
+
+
+@app.command(short_help="Make an adapter of a weighted sum of others.", epilog=_SOUP)
+@_reports_errors()
+def soup(
+    adapters: Annotated[
+        list[str], typer.Argument(metavar="ADAPTER...", help="Folders or Hub ids of saved S0 adapters.")
+    ],
+    output: Output,
+    weights: Annotated[
+        str | None, typer.Option(help="A number for each adapter, with commas between them. Default: their mean.")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make an adapter that starts from a weighted sum of the states of others, from their files alone."""
+    from peft_s0.convert import ADAPTER_FILES
+    from peft_s0.files import check_place
+    from peft_s0.soups import soup as make
+
+    numbers = _numbers("--weights", weights)
+    check_place(output, overwrite, ADAPTER_FILES)
+    make(adapters, numbers, output)
+    typer.echo(f"{output}")
+
+
+def _numbers(option: str, text: str | None) -> list[float] | None:
+    """Numbers with commas between them."""
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(
+            f"{option} takes numbers with commas between them, such as 0.7,0.3; got {text!r}."
+        ) from None
 
 
 _RUN = """

@@ -8,16 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch import Tensor
 
 from peft_s0 import S0Config, S0Layer
+from peft_s0.analysis import Norms
 from peft_s0.config import check_readable, find_states, load_config
 from peft_s0.model import check_fit
 from peft_s0.naming import match_names, shared_name
 from peft_s0.skeleton import load_without_weights
+from peft_s0.storage import contents, decode, is_state
 
 # What a state is called in a file: learnt at the start of a sequence, or added where it is read.
 _STATE = re.compile(r"(?:base_model\.model\.)?(.*)\.s0\.s0_(state|offset)\.weight")
@@ -34,6 +37,7 @@ class Saved:
         config: its config.
         states: float32 [heads, ...] by the mixers' names, unscaled, in full; an offset's says so.
         others: all else that is in the file, by its names there.
+        storage: how the states are stored, as `S0Config.storage` says it.
         parameters: number of parameters in the file.
         file: its states file.
     """
@@ -42,6 +46,7 @@ class Saved:
     config: S0Config
     states: dict[str, Tensor]
     others: dict[str, Tensor]
+    storage: list[str]
     parameters: int
     file: Path
 
@@ -58,15 +63,17 @@ def read(name: str, base_model: str | None, trust_remote_code: bool, **options: 
     if file is None:
         raise ValueError(f"'{name}' has no {SAFETENSORS_WEIGHTS_NAME}; save the adapter with save_pretrained.")
     check_readable(file)
-    tensors = load_file(file)
-    parameters = sum(tensor.numel() for tensor in tensors.values())
+    tensors = decode(load_file(file))
     stored = {key: tensor for key, tensor in tensors.items() if _STATE.fullmatch(key)}
     check_fit({key: tuple(state.shape) for key, state in stored.items()}, stored)
     others = {key: tensor for key, tensor in tensors.items() if key not in stored}
     states = {_named(key): state for key, state in stored.items()}
     if config.rank is not None:
         states = _multiplied_out(name, base_model, trust_remote_code, options)
-    return Saved(name, config, dict(sorted(states.items(), key=_order)), others, parameters, file)
+    held = contents(file)
+    storage = sorted({how for key, (how, _) in held.items() if is_state(key)})
+    parameters = sum(number for _, number in held.values())
+    return Saved(name, config, dict(sorted(states.items(), key=_order)), others, storage, parameters, file)
 
 
 def _named(key: str) -> str:
@@ -125,6 +132,7 @@ def inspection(saved: Saved) -> dict[str, Any]:
         "train_alpha": config.train_alpha,
         "normalize": config.normalize,
         "rank": config.rank,
+        "storage": saved.storage,
         "parameters": saved.parameters,
         "file": str(saved.file),
         "bytes": saved.file.stat().st_size,
@@ -146,7 +154,7 @@ def show_inspection(found: dict[str, Any]) -> str:
         "rank": "full" if found["rank"] is None else str(found["rank"]),
         "layers": str(len(found["layers"])),
         "parameters": f"{found['parameters']:,}",
-        "file": f"{found['bytes']:,} bytes",
+        "file": f"{found['bytes']:,} bytes, states in {' and '.join(found['storage'])}",
     }
     if found["others"]:
         shown["beside the states"] = ", ".join(found["others"])
@@ -157,6 +165,19 @@ def show_inspection(found: dict[str, Any]) -> str:
         shape = " x ".join(map(str, layer["shape"]))
         rows.append((layer["name"], shape, _number(layer["mean_norm"]), _number(layer["max_norm"])))
     return "\n".join([*lines, "", *_table(rows)])
+
+
+def draw_norms(found: dict[str, Any], file: Path) -> None:
+    """Draw the norms of an `inspection` as a heat map of layers and heads.
+
+    Raises:
+        ImportError: without matplotlib.
+        ValueError: for a format that matplotlib does not write.
+    """
+    heads = [np.array(layer["head_norms"]) for layer in found["layers"]]
+    axes = Norms([layer["name"] for layer in found["layers"]], heads, found["alpha"]).plot()
+    axes.set_title(found["adapter"])
+    axes.figure.savefig(file, dpi=160)
 
 
 def compare(first: Saved, second: Saved) -> dict[str, Any]:

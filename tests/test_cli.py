@@ -95,11 +95,11 @@ finally:
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout.endswith("False False\n")
-    for name in ("inspect", "diff", "import", "export", "run", "train"):
+    for name in ("inspect", "diff", "soup", "import", "export", "run", "train"):
         assert re.search(rf"^  {name} ", run.stdout, re.MULTILINE)
 
 
-@pytest.mark.parametrize("command", ["inspect", "diff", "import", "export", "run", "train"])
+@pytest.mark.parametrize("command", ["inspect", "diff", "soup", "import", "export", "run", "train"])
 def test_every_command_has_help_with_examples(command: str) -> None:
     assert f"Examples:\n    peft-s0 {command}" in call(command, "--help").stdout
 
@@ -140,8 +140,8 @@ def test_inspect(architecture: Architecture, base: Path, tmp_path: Path, rank: i
 
 
 def test_alphas_of_layers(tmp_path: Path) -> None:
-    save_adapter(tmp_path / "given", MAIN[0], alpha=0.25, alpha_pattern={"layers.0.linear_attn": 0.5})
-    save_adapter(tmp_path / "learnt", MAIN[0], learn_alpha=True)
+    save_adapter(tmp_path / "given", QWEN, alpha=0.25, alpha_pattern={"layers.0.linear_attn": 0.5})
+    save_adapter(tmp_path / "learnt", QWEN, learn_alpha=True)
     given, learnt = (json.loads(call("inspect", tmp_path / name, "--json").stdout) for name in ("given", "learnt"))
     assert (given["alpha"], given["alpha_pattern"], given["learnt_alphas"]) == (0.25, {"layers.0.linear_attn": 0.5}, {})
     stored = load_file(tmp_path / "learnt" / "adapter_model.safetensors")
@@ -150,10 +150,30 @@ def test_alphas_of_layers(tmp_path: Path) -> None:
         for name, value in stored.items()
         if "s0_alpha" in name
     }
-    assert len(learnt["learnt_alphas"]) == len(learnt["layers"]) == MAIN[0].states
+    assert len(learnt["learnt_alphas"]) == len(learnt["layers"]) == QWEN.states
     assert re.search(r"alpha of layers.0.linear_attn +0.5\n", call("inspect", tmp_path / "given").stdout)
     name, alpha = next(iter(learnt["learnt_alphas"].items()))
     assert re.search(rf"alpha of {name} +{alpha:.4g}\n", call("inspect", tmp_path / "learnt").stdout)
+
+
+def test_states_that_are_stored_small(tmp_path: Path) -> None:
+    """They are measured, compared and exported as what is loaded of them."""
+    QWEN.build().save_pretrained(tmp_path / "base")
+    norms = {}
+    for storage in ("float32", "bfloat16", "int8"):
+        save_adapter(tmp_path / storage, QWEN, tmp_path / "base", storage=storage)
+        found = json.loads(call("inspect", tmp_path / storage, "--json").stdout)
+        assert (found["storage"], found["parameters"]) == ([storage], 3 * 4 * 16 * 8)
+        assert f" bytes, states in {storage}\n" in call("inspect", tmp_path / storage).stdout
+        norms[storage] = torch.tensor([layer["head_norms"] for layer in found["layers"]])
+        call("export", tmp_path / storage, "-o", tmp_path / "theirs", "--overwrite")
+        exported = [*load_file(tmp_path / "theirs" / "states.safetensors").values()]
+        measured = torch.stack([state.flatten(1).norm(dim=1) for state in exported])
+        assert torch.equal(measured, norms[storage])
+    for storage in ("bfloat16", "int8"):
+        assert 0 < (norms[storage] / norms["float32"] - 1).abs().max() < 1e-2
+        layers = json.loads(call("diff", tmp_path / "float32", tmp_path / storage, "--json", code=1).stdout)["layers"]
+        assert all(0 < layer["distance"] < 1e-2 for layer in layers)
 
 
 @pytest.mark.parametrize("rank", [None, 2])
@@ -187,6 +207,18 @@ def test_inspect_without_a_base_model(tmp_path: Path) -> None:
     assert "does not say which base model it is for; name the base model" in failure("inspect", tmp_path / "low")
     QWEN.build().save_pretrained(tmp_path / "base")
     assert "rank         2\n" in call("inspect", tmp_path / "low", "--base-model", tmp_path / "base").stdout
+
+
+def test_a_heat_map_of_norms(tmp_path: Path) -> None:
+    QWEN.build().save_pretrained(tmp_path / "base")
+    save_adapter(tmp_path / "adapter", QWEN, tmp_path / "base", rank=2)
+    for name in ("norms.png", "norms.svg"):
+        call("inspect", tmp_path / "adapter", "--plot", tmp_path / name)
+    assert (tmp_path / "norms.png").read_bytes().startswith(b"\x89PNG")
+    # A colour for each head of each layer, and the layers by their names.
+    drawing = (tmp_path / "norms.svg").read_text()
+    assert all(f"<!-- {word} -->" in drawing for word in ("head", "norm of the state"))
+    assert "is not supported" in failure("inspect", tmp_path / "adapter", "--plot", tmp_path / "norms.none")
 
 
 def test_layers_are_listed_in_the_order_of_the_model(tmp_path: Path) -> None:
@@ -290,6 +322,27 @@ def test_diff_of_other_layers_shapes_and_weights(tmp_path: Path) -> None:
 def test_what_cannot_be_compared(tmp_path: Path) -> None:
     save_adapter(tmp_path / "a", QWEN)
     assert "Can't find 'adapter_config.json'" in failure("diff", tmp_path / "a", tmp_path / "none", code=2)
+
+
+def test_soup(architecture: Architecture, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        save_adapter(tmp_path / f"seed-{seed}", architecture, alpha=0.25, seed=seed)
+    first, second, out = tmp_path / "seed-0", tmp_path / "seed-1", tmp_path / "out"
+    assert call("soup", first, second, "-o", out, "--weights", "0.5,-2").stdout == f"{out}\n"
+    a, b = states_of(first), states_of(second)
+    for name, state in states_of(out).items():
+        torch.testing.assert_close(state, 0.5 * a[name] - 2 * b[name], atol=1e-6, rtol=1e-6)
+    assert S0Config.from_pretrained(out).alpha == 0.25
+    before = contents(out)
+    assert f"'{out}' exists already" in failure("soup", first, second, "-o", out)
+    assert "takes numbers with commas between them" in call("soup", first, "-o", out, "--weights", "1;2", code=2).stderr
+    assert "pass one weight for each adapter, got 2 and 1" in failure(
+        "soup", first, second, "-o", out, "--weights", "1", "--overwrite"
+    )
+    assert contents(out) == before
+    call("soup", first, second, "-o", out, "--overwrite")
+    for name, state in states_of(out).items():
+        torch.testing.assert_close(state, (a[name] + b[name]) / 2, atol=1e-6, rtol=1e-6)
 
 
 def test_import_and_export(architecture: Architecture, base: Path, tmp_path: Path) -> None:
