@@ -82,7 +82,8 @@ class Reading:
             window = torch.cat([self.past[:, channels, -back:].to(window.dtype), window], dim=-1)
         if window.shape[-1] == weight.shape[-1]:
             # A single token, for which convolutions are slow.
-            out = (window.float() * weight[:, 0].float()).sum(-1, keepdim=True).to(weight.dtype)
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            out = (window.to(wide) * weight[:, 0].to(wide)).sum(-1, keepdim=True).to(weight.dtype)
             out = out if bias is None else out + bias.unsqueeze(-1)
         else:
             out = conv1d(window.to(weight.dtype), weight, bias, groups=weight.shape[0])
