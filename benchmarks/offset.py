@@ -30,7 +30,7 @@ from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parent))
 from rows import Clock
-from timing import arguments, environment, interleave, ratio, report
+from timing import environment, interleave, parser, ratio, report
 
 from peft_s0 import S0Config
 
@@ -103,7 +103,7 @@ def shown(times: list[float], baseline: list[float]) -> str:
 
 def main() -> None:
     """Print the table."""
-    options = arguments("Cost of a state offset.", rounds=30)
+    options = parser("Cost of a state offset.", rounds=30).parse_args()
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     ids = torch.randint(1, 500, (1, TOKENS), generator=torch.Generator().manual_seed(0))
@@ -130,7 +130,7 @@ def main() -> None:
                     "to initial": "" if variant == "initial" else shown(own, initial),
                 }
             )
-    report(rows, environment(), options.json)
+    report({"offsets": rows}, environment(), options.json)
 
 
 if __name__ == "__main__":
