@@ -10,7 +10,6 @@ before the mixer writes there. So the mixer runs the code that it runs without a
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -61,14 +60,14 @@ class Reading:
             if readout.normalize:
                 length = query.square().sum(-1, keepdim=True) + 1e-6
                 query = query * torch.rsqrt(length) * query.shape[-1] ** -0.5
-            gain = self.read(query, _KEY_FIRST if readout.key_first else _VALUE_FIRST)
+            gain = self.read(query, _key_first if readout.key_first else _value_first)
             gate = readout.gate(mixer, projected)
             self.gain = gain if gate is None else gain.flatten(-2) * gate
 
     def add(self, output: Tensor) -> Tensor:
         """What the mixer has read, with the share of the offsets added."""
         assert self.gain is not None, "the projection is called before what it reads for"
-        return (output + self.gain.view(output.shape)).to(output.dtype)
+        return (output + self.gain.reshape(output.shape)).to(output.dtype)
 
     def _convolve(self, x: Tensor) -> Tensor:
         """The mixer's convolution of its channels that become q, [rows, tokens, channels], with its activation."""
@@ -81,15 +80,25 @@ class Reading:
             window = pad(window, (back, 0))
         else:
             window = torch.cat([self.past[:, channels, -back:].to(window.dtype), window], dim=-1)
-        out = conv1d(window.to(weight.dtype), weight, bias, groups=weight.shape[0])
+        if window.shape[-1] == weight.shape[-1]:
+            # A single token, for which convolutions are slow.
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            out = (window.to(wide) * weight[:, 0].to(wide)).sum(-1, keepdim=True).to(weight.dtype)
+            out = out if bias is None else out + bias.unsqueeze(-1)
+        else:
+            out = conv1d(window.to(weight.dtype), weight, bias, groups=weight.shape[0])
         return ACT2FN[self.mixer.activation](out).to(x.dtype).transpose(1, 2)
 
 
-def _product(equation: str, query: Tensor, offset: Tensor) -> Tensor:
-    """What q [rows, tokens, groups, key size] reads from an offset [heads, ...]: [rows, tokens, heads, value size]."""
-    heads = offset.unflatten(0, (query.shape[2], -1))
-    return torch.einsum(equation, query, heads.to(query.device, query.dtype)).flatten(2, 3)
+def _key_first(query: Tensor, offset: Tensor) -> Tensor:
+    """What q [rows, tokens, groups, key] reads from [heads, key, value]: [rows, tokens, heads, value]."""
+    heads = offset.to(query.device, query.dtype).unflatten(0, (query.shape[2], -1))
+    read = torch.matmul(query.flatten(0, 1).transpose(0, 1).unsqueeze(1), heads)
+    return read.flatten(0, 1).transpose(0, 1).unflatten(0, query.shape[:2])
 
 
-_KEY_FIRST = partial(_product, "btgk,grkv->btgrv")
-_VALUE_FIRST = partial(_product, "btgk,grvk->btgrv")
+def _value_first(query: Tensor, offset: Tensor) -> Tensor:
+    """What q [rows, tokens, groups, key] reads from [heads, value, key]: [rows, tokens, heads, value]."""
+    heads = offset.to(query.device, query.dtype).unflatten(0, (query.shape[2], -1)).flatten(1, 2)
+    read = torch.matmul(query.flatten(0, 1).transpose(0, 1), heads.mT)
+    return read.transpose(0, 1).reshape(*query.shape[:2], *offset.shape[:2])

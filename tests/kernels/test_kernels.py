@@ -145,9 +145,6 @@ def test_offsets(architecture: Architecture, kernels: Kernels, launches: Counter
     test_token_by_token_from_the_first_token(tuned, kernels, launches)
     launches.clear()
     test_packed_rows(tuned, kernels, launches)
-    # The base model's own first step.
-    launches.clear()
-    test_token_by_token_from_the_first_token(tune(architecture, variant="offset"), kernels, launches)
 
 
 def test_gradients_of_offsets(architecture: Architecture, kernels: Kernels, launches: Counter[str]) -> None:
