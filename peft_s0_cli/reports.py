@@ -18,6 +18,7 @@ from peft_s0.config import check_readable, find_states, load_config
 from peft_s0.model import check_fit
 from peft_s0.naming import match_names, shared_name
 from peft_s0.skeleton import load_without_weights
+from peft_s0.storage import decode
 
 # What a state is called in a file: learnt at the start of a sequence, or added where it is read.
 _STATE = re.compile(r"(?:base_model\.model\.)?(.*)\.s0\.s0_(state|offset)\.weight")
@@ -57,7 +58,7 @@ def read(name: str, base_model: str | None, trust_remote_code: bool, **options: 
     if file is None:
         raise ValueError(f"'{name}' has no {SAFETENSORS_WEIGHTS_NAME}; save the adapter with save_pretrained.")
     check_readable(file)
-    tensors = load_file(file)
+    tensors = decode(load_file(file))
     parameters = sum(tensor.numel() for tensor in tensors.values())
     stored = {key: tensor for key, tensor in tensors.items() if _STATE.fullmatch(key)}
     check_fit({key: tuple(state.shape) for key, state in stored.items()}, stored)
