@@ -33,6 +33,7 @@ from transformers import AutoModelForCausalLM
 from peft_s0 import S0Config, S0Layer, StateBank, compress_adapter, recurrent_layers
 from peft_s0.storage import BLOCK, decode, encode
 from peft_s0.training import penalty_gradient
+from peft_s0_cli.reports import read
 
 STATE = "base_model.model.model.layers.0.mixer.s0.s0_state."
 COMPACT = ["bfloat16", "int8"]
@@ -227,6 +228,20 @@ def test_loaders_beside(tuned: Tuned, tmp_path: Path, storage: str) -> None:
     tuned.model.hotswap_adapter(tmp_path / "adapter", "default")
     assert torch.equal(tuned.model(ids).logits, expected)
     assert tuned.model.peft_config["default"].storage == "float32"
+
+
+@pytest.mark.parametrize("storage", COMPACT)
+@pytest.mark.parametrize("rank", [None, 2])
+def test_the_command_line_reads_it(tuned: Tuned, tmp_path: Path, storage: str, rank: int | None) -> None:
+    tuned.base.save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, S0Config(init_weights=1.0, alpha=1.0, storage=storage, rank=rank))
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(tuned.architecture.build(), tmp_path / "adapter")
+    saved, expected = read(str(tmp_path / "adapter"), None, False), states_of(loaded)
+    assert saved.states.keys() == expected.keys()
+    assert all(torch.equal(state, expected[name]) for name, state in saved.states.items())
+    assert saved.parameters == model.get_nb_trainable_parameters()[0]
 
 
 def test_the_file_counts_and_not_the_config_beside_it(tuned: Tuned, tmp_path: Path) -> None:
