@@ -97,7 +97,14 @@ def states_of(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def make(folder: Path, architecture: str, bf16_base: bool = False, best: bool = False, **arguments: Any) -> Trainer:
+def make(
+    folder: Path,
+    architecture: str,
+    bf16_base: bool = False,
+    best: bool = False,
+    config: dict[str, Any] | None = None,
+    **arguments: Any,
+) -> Trainer:
     """SFTTrainer with the callback, and a batch that has the same rows in however many processes."""
     (row,) = [row for row in MAIN if row.name == architecture]
     engine = on_cpus(architecture)
@@ -105,7 +112,7 @@ def make(folder: Path, architecture: str, bf16_base: bool = False, best: bool = 
     return sft(
         row,
         folder,
-        S0Config(**CONFIG),
+        S0Config(**{**CONFIG, **(config or {})}),
         model=row.build().bfloat16() if bf16_base else row.build(),
         callbacks=[S0Callback()],
         train_dataset=token_rows(ROWS),
