@@ -17,8 +17,9 @@ Hub. If the prompt is text, the program is the prompt and what the model adds to
 the last block of code in the model's answer. The defaults are those of the paper's supervised tuning; it says nothing
 of GRPO.
 
-WARNING. The programs of a capable model run on this machine. `sandbox/__init__.py` says what is kept from them, which is
-less where the system does not allow namespaces: there, run this script in a container made for it or a virtual machine.
+WARNING. The programs of a capable model run on this machine. `sandbox/__init__.py` says what is kept from them, which
+is less where the system does not allow namespaces: there, run this script in a container made for it or a virtual
+machine.
 
 A run that was stopped goes on with `--resume_from_checkpoint my-task/checkpoint-15` and otherwise the same options.
 `--help` lists them; `--config file.yaml` reads them from a file.
