@@ -111,7 +111,7 @@ def by_alpha(prompt: str | list[str]) -> dict[float, float]:
     model = state_from_prompt(load_base(), load_tokenizer(), prompt)
     rates = {}
     for alpha in ALPHAS:
-        model.peft_config["default"].alpha = alpha
+        model.set_alpha(alpha)
         rates[alpha] = pass_at_1(model)
     return rates
 

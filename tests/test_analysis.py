@@ -228,7 +228,7 @@ def test_norms_where_layers_have_alphas_of_their_own(config: dict, tmp_path: Pat
 
 
 def test_offsets(tmp_path: Path) -> None:
-    model = get_peft_model(MAIN[0].build(), S0Config(variant="both", init_weights=1.0)).eval()
+    model = get_peft_model(MAIN[0].build(), S0Config(variant="both", init_weights=1.0, learn_alpha=True)).eval()
     result = analysis.norms(model)
     assert result.layers[:2] == ["model.layers.0.linear_attn", "model.layers.0.linear_attn (offset)"]
     layer = next(model.base_model.tuner_layers())

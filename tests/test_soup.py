@@ -163,6 +163,8 @@ def test_an_interrupted_save_leaves_the_old_files(
 
 OTHERS = [
     ({"alpha": 0.5}, "has alpha=0.6, but '.*other' has alpha=0.5. Load the adapters on one model"),
+    ({"alpha_pattern": {"layers.0.linear_attn": 0.5}}, "alpha_pattern={}, but '.*other' has alpha_pattern={'layers.0"),
+    ({"learn_alpha": True}, "'.*other' has learn_alpha=True: it is the scaled states that add up"),
     ({"train_alpha": 1.0}, "train_alpha=None, but '.*other' has train_alpha=1.0"),
     ({"variant": "offset"}, "variant='initial', but '.*other' has variant='offset'. They act in different ways"),
     ({"rank": 2}, "'.*other' has rank=2: a sum of low-rank states is not of that rank"),
