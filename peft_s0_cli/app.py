@@ -302,13 +302,10 @@ def soup(
     overwrite: Overwrite = False,
 ) -> None:
     """Make an adapter that starts from a weighted sum of the states of others, from their files alone."""
-    from peft_s0.convert import ADAPTER_FILES
-    from peft_s0.files import check_place
+    numbers = _numbers("--weights", weights)
     from peft_s0.soups import soup as make
 
-    numbers = _numbers("--weights", weights)
-    check_place(output, overwrite, ADAPTER_FILES)
-    make(adapters, numbers, output)
+    make(adapters, numbers, output, overwrite=overwrite)
     typer.echo(f"{output}")
 
 
@@ -365,6 +362,81 @@ def run(
     raise Program(program if module else find_script(program), arguments or [], module)
 
 
+_CALIBRATE = """
+\b
+Examples:
+  peft-s0 calibrate my-task held-out.jsonl
+  peft-s0 calibrate my-task held-out.jsonl --grid 0.03,0.07,0.15 --plot alpha.png -o my-task-calibrated
+
+Needs TRL: pip install 'peft-s0[trl]'. The data must be others than those that the states were trained on.
+"""
+
+
+@app.command(short_help="Choose alpha by held-out data.", epilog=_CALIBRATE)
+@_reports_errors()
+def calibrate(
+    adapter: Adapter,
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATA", help='One {"prompt": ..., "completion": ...} a line, text or messages; or a Hub dataset.'
+        ),
+    ],
+    split: Annotated[str, typer.Option(help="Of a dataset on the Hub.")] = "test",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Save the adapter with the alpha that was chosen.")
+    ] = None,
+    grid: Annotated[
+        str | None, typer.Option(help="Alphas to try, with commas. Default: a quarter to four times the adapter's own.")
+    ] = None,
+    per_layer: Annotated[int, typer.Option(help="Passes over single layers afterwards.", min=0)] = 0,
+    batch_size: Annotated[int, typer.Option(help="Rows at a time.", min=1)] = 8,
+    max_length: Annotated[int, typer.Option(help="Tokens of a row that count.", min=1)] = 2048,
+    dtype: Annotated[str, typer.Option(help="Of the base model's weights.")] = "auto",
+    plot: Annotated[Path | None, typer.Option(help="Draw the loss over alpha; a file.")] = None,
+    as_json: AsJson = False,
+    overwrite: Overwrite = False,
+    base_model: Annotated[
+        str | None, typer.Option("--base-model", "-b", help="Folder or Hub id. Default: the adapter's own.")
+    ] = None,
+    revision: Revision = None,
+    subfolder: Subfolder = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Choose the scale of an adapter's states by the loss on held-out completions: one evaluation for each alpha.
+
+    The model is loaded and nothing is trained. Rows are made of the data as TRL makes them for training.
+    """
+    numbers = _numbers("--grid", grid)
+    _require_trl("calibrate")
+    from peft_s0.convert import ADAPTER_FILES
+    from peft_s0.files import check_place
+
+    from . import calibration
+
+    if output is not None:
+        check_place(output, overwrite, ADAPTER_FILES)
+    options = _hub_options(revision, subfolder)
+    model, found = calibration.calibrate(
+        adapter,
+        data,
+        split,
+        base_model,
+        numbers,
+        per_layer,
+        batch_size,
+        max_length,
+        dtype,
+        trust_remote_code,
+        options,
+    )
+    if plot is not None:
+        found.plot(plot)
+    if output is not None:
+        calibration.save(model, output, overwrite)
+    typer.echo(found.to_json() if as_json else str(found))
+
+
 _TRAIN = """
 \b
 Examples:
@@ -389,9 +461,13 @@ def train(arguments: Annotated[list[str] | None, typer.Argument(help="Options of
 
     Its defaults are the paper's recipe.
     """
-    if importlib.util.find_spec("trl") is None:
-        raise ImportError("train needs TRL: pip install 'peft-s0[trl]'")
+    _require_trl("train")
     raise Program(str(_find_example("sft.py")), arguments or [], False)
+
+
+def _require_trl(command: str) -> None:
+    if importlib.util.find_spec("trl") is None:
+        raise ImportError(f"{command} needs TRL: pip install 'peft-s0[trl]'")
 
 
 def _find_example(name: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import os
@@ -95,11 +96,11 @@ finally:
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout.endswith("False False\n")
-    for name in ("inspect", "diff", "soup", "import", "export", "run", "train"):
+    for name in ("inspect", "diff", "soup", "import", "export", "run", "calibrate", "train"):
         assert re.search(rf"^  {name} ", run.stdout, re.MULTILINE)
 
 
-@pytest.mark.parametrize("command", ["inspect", "diff", "soup", "import", "export", "run", "train"])
+@pytest.mark.parametrize("command", ["inspect", "diff", "soup", "import", "export", "run", "calibrate", "train"])
 def test_every_command_has_help_with_examples(command: str) -> None:
     assert f"Examples:\n    peft-s0 {command}" in call(command, "--help").stdout
 
@@ -585,6 +586,55 @@ def test_train(start: Any, tiny: Path, tmp_path: Path) -> None:
         start("train", *options, "--use_cpu", "--max_steps", "1", "--s0_alpha", "0.5", "--report_to", "none")
     assert json.loads(call("inspect", tmp_path / "out", "--json").stdout)["alpha"] == 0.5
     assert all(0 < state.abs().max() < 1.1e-3 for state in states_of(tmp_path / "out").values())
+
+
+def test_calibrate(tiny: Path, tmp_path: Path) -> None:
+    """The losses are those of completions under each alpha, and the best alpha is saved."""
+    rows = [{"prompt": problem.prompt, "completion": "\n    return x"} for problem in islice(problems("train"), 5)]
+    data, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--grid", "0.1,1.0", "--batch-size", "2", "--base-model", tiny / "base"]
+    found = json.loads(call("calibrate", tiny / "adapter", data, *options, "--json", "-o", out).stdout)
+    tokenizer = load_tokenizer()
+    model = PeftModel.from_pretrained(load_base(), tiny / "adapter")
+
+    def loss(alpha: float) -> float:
+        model.peft_config["default"].alpha = alpha
+        total, count = 0.0, 0
+        for row in rows:
+            ids = tokenizer(row["prompt"] + row["completion"] + tokenizer.eos_token, return_tensors="pt").input_ids
+            start = len(tokenizer(row["prompt"]).input_ids)
+            logs = model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[start - 1 :]
+            total, count = total - float(logs.sum()), count + len(logs)
+        return total / count
+
+    tried = {trial["alpha"]: trial["value"] for trial in found["table"]}
+    assert tried == pytest.approx({alpha: loss(alpha) for alpha in (0.0, 0.1, 1.0)}, rel=1e-4)
+    assert found["best"] == min((0.1, 1.0), key=tried.get)
+    assert S0Config.from_pretrained(out).alpha == found["best"]
+    for name, state in states_of(tiny / "adapter").items():
+        assert torch.equal(states_of(out)[name], state)
+    assert f"'{out}' exists already" in failure("calibrate", tiny / "adapter", data, "-o", out)
+    assert "takes numbers with commas" in call("calibrate", tiny / "adapter", data, "--grid", "a", code=2).stderr
+    text = call("calibrate", tiny / "adapter", data, *options, "--plot", tmp_path / "alpha.png").stdout
+    assert re.search(r"^ *0\.1 +\d", text, re.MULTILINE)
+    assert (tmp_path / "alpha.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_wheel_has_all_that_train_imports() -> None:
+    """In a checkout the script finds what is beside it; in a wheel there is what pyproject.toml names."""
+    listed = re.findall(r'^"(examples/.*)" = "peft_s0/(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert all(source == target for source, target in listed)
+    places = [ROOT / source for source, _ in listed]
+    files = [file for place in places for file in ([place] if place.is_file() else place.rglob("*.py"))]
+    assert ROOT / "examples" / "sft.py" in files
+    beside = {path.stem for path in (ROOT / "examples").iterdir()}
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            needed = {name.partition(".")[0] for name in names} & beside
+            assert needed <= {place.stem for place in places}, file
 
 
 def test_train_hands_on_its_options(start: Any, capsys: pytest.CaptureFixture[str]) -> None:

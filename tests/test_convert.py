@@ -382,6 +382,21 @@ def test_a_layer_where_that_library_does_not_look(tmp_path: Path) -> None:
         export_s0_tuning(tmp_path / "adapter", tmp_path / "theirs", base)
 
 
+@pytest.mark.parametrize("scales", [{"alpha_pattern": {"0.linear_attn": 0.5}}, {"learn_alpha": True}], ids=str)
+def test_alphas_of_layers_have_no_place_there(tmp_path: Path, scales: dict[str, Any]) -> None:
+    model = tune(ROWS["qwen3_5"], alpha=0.25, **scales).model
+    for layer in model.base_model.tuner_layers():
+        for alpha in layer.s0_alpha.values():
+            alpha.weight.mul_(2)
+    model.save_pretrained(tmp_path / "adapter")
+    message = (
+        r"scales the state of 'model\.layers\.0\.linear_attn' by something else than alpha=0\.25; .* one alpha for all"
+    )
+    with pytest.raises(ValueError, match=message):
+        export_s0_tuning(tmp_path / "adapter", tmp_path / "theirs", ROWS["qwen3_5"].build())
+    assert not (tmp_path / "theirs").exists()
+
+
 def test_an_adapter_of_more_than_states(tmp_path: Path) -> None:
     base = ROWS["qwen3_5"].build()
     model = get_peft_model(ROWS["qwen3_5"].build(), S0Config(modules_to_save=["lm_head"]))

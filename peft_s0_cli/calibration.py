@@ -1,0 +1,78 @@
+"""Choosing an adapter's alpha by held-out data in a file."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_dataset
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]
+
+from peft_s0.calibrate import Calibration, calibrate_alpha
+from peft_s0.config import load_config
+from peft_s0.convert import ADAPTER_FILES
+from peft_s0.files import new_folder
+
+
+def calibrate(
+    adapter: str,
+    data: str,
+    split: str,
+    base_model: str | None,
+    grid: Sequence[float] | None,
+    per_layer: int,
+    batch_size: int,
+    max_length: int,
+    dtype: str,
+    trust_remote_code: bool,
+    options: dict[str, Any],
+) -> tuple[PeftModel, Calibration]:
+    """Load an adapter and its base model, and choose alpha by the loss on completions.
+
+    Returns:
+        The model, with the alpha that was chosen, and what was tried.
+
+    Raises:
+        ValueError: for an adapter that names no base model, and see `calibrate_alpha`.
+    """
+    config = load_config(adapter, **options)
+    base_model = base_model or config.base_model_name_or_path
+    if not base_model:
+        raise ValueError(f"'{adapter}' does not say which base model it is for; name the base model.")
+    base = AutoModelForCausalLM.from_pretrained(
+        base_model, dtype=dtype, device_map="auto", trust_remote_code=trust_remote_code
+    )
+    tokenizer = AutoTokenizer.from_pretrained(base_model, trust_remote_code=trust_remote_code)
+    model = PeftModel.from_pretrained(base, adapter, **options)
+    rows = _tokenized(model, tokenizer, _load(data, split), max_length)
+    return model, calibrate_alpha(model, rows, grid, per_layer=per_layer, batch_size=batch_size)
+
+
+def _load(data: str, split: str) -> Dataset:
+    if Path(data).suffix in (".json", ".jsonl"):
+        return load_dataset("json", data_files=data, split="train")
+    return load_dataset(data, split=split)
+
+
+def _tokenized(model: PeftModel, tokenizer: PreTrainedTokenizerBase, data: Dataset, max_length: int) -> Any:
+    """The data as TRL trains on it, so that the loss is the one that the states were trained by."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = SFTConfig(
+            output_dir=folder,
+            max_length=max_length,
+            gradient_checkpointing=False,
+            bf16=False,
+            report_to="none",
+        )
+        trainer = SFTTrainer(model, arguments, train_dataset=data, processing_class=tokenizer)
+        return trainer.train_dataset
+
+
+def save(model: PeftModel, output: Path, overwrite: bool) -> None:
+    """Save the adapter with its alpha."""
+    with new_folder(output, overwrite, ADAPTER_FILES) as folder:
+        model.save_pretrained(str(folder), save_embedding_layers=False)
