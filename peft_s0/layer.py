@@ -363,7 +363,7 @@ class S0Layer(nn.Module, BaseTunerLayer):
             return False
         if self.row_slots is not None:
             return self.row_slots.shape[0] > 0
-        return not self.configs.keys().isdisjoint(self._called)
+        return _any_in(self._called, self.configs)
 
     @property
     def starts(self) -> bool:
@@ -377,7 +377,7 @@ class S0Layer(nn.Module, BaseTunerLayer):
 
     def _holds(self, kind: str) -> bool:
         """Whether an adapter of the next call has a tensor of this kind. Asked at every token, so no call too many."""
-        return not cast(nn.Module, self._modules[kind])._modules.keys().isdisjoint(self._called)
+        return _any_in(self._called, cast(nn.Module, self._modules[kind])._modules)
 
     @property
     def _called(self) -> Sequence[str]:
@@ -590,6 +590,14 @@ class S0Layer(nn.Module, BaseTunerLayer):
     def forward(self, *args: Any, **kwargs: Any) -> None:
         """Never called; raises RuntimeError."""
         raise RuntimeError("An S0 layer is not called; it acts through the hooks of its mixer.")
+
+
+def _any_in(names: Sequence[str], held: Mapping[str, Any]) -> bool:
+    # A loop: a generator takes longer, and torch.compile knows no isdisjoint.
+    for name in names:  # noqa: SIM110
+        if name in held:
+            return True
+    return False
 
 
 def set_alpha_keys(adapter_name: str, config: S0Config, layers: Mapping[str, S0Layer]) -> None:

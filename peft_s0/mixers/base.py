@@ -361,12 +361,15 @@ def find_mixer(module_class: type) -> Mixer | None:
 
 def parameter_names(module_class: Any) -> tuple[str, ...]:
     """Names of the arguments of a class's forward, without self."""
-    return _names(module_class.forward)
+    # torch.compile looks at the cached function itself, and warns of the cache.
+    return _look_up(module_class.forward) if torch.compiler.is_compiling() else _names(module_class.forward)
 
 
-@cache
-def _names(forward: Callable[..., Any]) -> tuple[str, ...]:
+def _look_up(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(forward).parameters)[1:]
+
+
+_names = cache(_look_up)
 
 
 def _by_path(path: str) -> Mixer:
