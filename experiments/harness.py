@@ -7,6 +7,7 @@ and for the place of the data. Adapters need nothing here: a PeftModel is a mode
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,6 +38,7 @@ def answer(
         raise ModuleNotFoundError(
             f'{task.name} is scored by lm-evaluation-harness: pip install "peft-s0[experiments]".'
         ) from error
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # that a model is given as one, for each call
     assert task.harness is not None
     assert task.metric is not None
     name = f"s0_{task.name}"

@@ -43,7 +43,8 @@ def welch(first: Sequence[float], second: Sequence[float]) -> float | None:
     """The p-value of Welch's t-test, None where it says nothing: for fewer than two values, or none that vary."""
     if min(len(first), len(second)) < 2 or (len({*first}) == 1 and len({*second}) == 1):
         return None
-    return float(stats.ttest_ind(first, second, equal_var=False).pvalue)
+    moments = [(statistics.mean(values), statistics.stdev(values), len(values)) for values in (first, second)]
+    return float(stats.ttest_ind_from_stats(*moments[0], *moments[1], equal_var=False).pvalue)
 
 
 def figures_of(planned: Planned, bench_of: Callable[[str, str], Bench]) -> Figures:
@@ -131,12 +132,11 @@ def draw(table: Table, rows: list[tuple[Setting, Figures]], ours: str, path: Pat
                 places.append(place + offset)
                 values.append(value)
                 spreads.append(spread or 0.0)
-        label = who if who == "paper" else f"ours ({ours})"
-        drawn = axes.bar(places, values, 0.36, yerr=spreads, capsize=3, label=label, color=colour)
+        drawn = axes.bar(places, values, 0.36, yerr=spreads, capsize=3, label=who, color=colour)
         axes.bar_label(drawn, fmt="%.1f", padding=3, fontsize=8)
     axes.set_xticks(range(len(bars)), [label.replace(", ", ",\n") for label, *_ in bars], fontsize=8)
     axes.set_ylabel("gain over the base model, points" if bars[0][1] == "gain" else "held-out problems, %")
-    axes.set_title(table.title)
+    axes.set_title(f"{table.title}\nours: {ours}", fontsize=10, wrap=True)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.margins(y=0.15)
     axes.spines[["top", "right"]].set_visible(False)
@@ -153,7 +153,7 @@ def write_report(rows: dict[str, list[Planned]], bench_of: Callable[[str, str], 
     for name, planned in rows.items():
         table = TABLES[name]
         found = [(row[0], figures_of(row, bench_of)) for row in planned]
-        ours = "; ".join(sorted({f"{model}, {task}" for _, model, task, *_ in planned}))
+        ours = ", ".join(dict.fromkeys(f"{model} on {task}" for _, model, task, *_ in planned))
         draw(table, found, ours, folder / name)
         sections.append(f"{markdown(table, found)}\nOurs: {ours}.\n\n![{table.title}]({name}.png)\n")
     heading = (

@@ -53,7 +53,7 @@ from tasks import TASKS, load  # noqa: E402
 
 # Made problems. The model of these tests knows a right and a wrong answer to each, and mostly gives the wrong one.
 
-NUMBERS = range(2, 8)
+NUMBERS = range(2, 5)
 DATABASE = "numbers"
 CHAT = (
     "{% for message in messages %}<user> {{ message.content }}\n{% endfor %}"
@@ -83,16 +83,16 @@ def row_of(task: str, number: int) -> dict[str, Any]:
 
 
 def answers_of(task: str, number: int) -> tuple[str, str]:
-    """What a chat model answers: right and wrong."""
+    """What a chat model answers: right and wrong. It is wrong when it begins by hesitating."""
     if task == "humaneval":
         code = "```python\ndef plus(x: int) -> int:\n    return x {} {}\n```"
-        return code.format("+", number), code.format("-", number)
+        return code.format("+", number), "Hm\n" + code.format("-", number)
     if task == "gsm8k":
-        return f"The answer is {number + 1}", f"The answer is {number}"
+        return f"The answer is {number + 1}", f"Hm The answer is {number}"
     if task == "math500":
-        return f"So \\boxed{{{number + 2}}}", f"So \\boxed{{{number}}}"
+        return f"So \\boxed{{{number + 2}}}", f"Hm So \\boxed{{{number}}}"
     sql = "```sql\nSELECT {} FROM numbers WHERE value = {}\n```"
-    return sql.format("name", number), sql.format("value", number)
+    return sql.format("name", number), "Hm\n" + sql.format("value", number)
 
 
 def rows_of(task: str) -> list[dict[str, Any]]:
@@ -136,7 +136,7 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
-    """A folder with a tiny Qwen3.5 that gives the wrong answer in six cases of ten."""
+    """A folder with a tiny Qwen3.5 that gives the wrong answer in two cases of three."""
     folder = tmp_path_factory.mktemp("model") / "made"
     examples = []
     for name, task in TASKS.items():
@@ -168,23 +168,26 @@ def model(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     for layer in net.model.layers:
         if hasattr(layer, "linear_attn"):  # memories as long as the prompts
             torch.nn.init.uniform_(layer.linear_attn.dt_bias, -7, -3)
+            torch.nn.init.zeros_(layer.linear_attn.A_log)
     rows = []
     for messages, right, wrong in examples:
         prompt = made.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-        for answer, copies in ((right, 2), (wrong, 3)):
+        for answer, copies in ((right, 1), (wrong, 2)):
             rows += [(made(prompt).input_ids, [*made(answer).input_ids, 1])] * copies
     width = max(len(prompt) + len(answer) for prompt, answer in rows)
     ids = torch.tensor([prompt + answer + [0] * (width - len(prompt) - len(answer)) for prompt, answer in rows])
     labels = torch.tensor(
         [[-100] * len(prompt) + answer + [-100] * (width - len(prompt) - len(answer)) for prompt, answer in rows]
     )
-    optimizer = torch.optim.AdamW(net.parameters(), lr=5e-3)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, 80)
     generator = torch.Generator().manual_seed(0)
-    for _ in range(140):
-        chosen = torch.randperm(len(rows), generator=generator)[:24]
+    for _ in range(80):
+        chosen = torch.randperm(len(rows), generator=generator)[:20]
         net(ids[chosen], labels=labels[chosen], use_cache=False).loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad()
     net.save_pretrained(folder)
     made.save_pretrained(folder)
@@ -193,7 +196,7 @@ def model(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
 
 def bench(task: str, model: Path, data: Path, output: Path, **settings: Any) -> steps.Bench:
     """A task on the model, with 6 problems to collect from and to evaluate on."""
-    chosen = {"problems": 6, "new_tokens": 24, "label": "made", "databases": data / "databases", **settings}
+    chosen = {"problems": 6, "new_tokens": 32, "label": "made", "databases": data / "databases", **settings}
     return steps.bench_of(task, model_name=str(model), output=output, data=data, **chosen)
 
 
@@ -238,7 +241,7 @@ def test_a_table_to_the_end(
         "--problems",
         "6",
         "--new-tokens",
-        "24",
+        "32",
         "--device",
         "cpu",
         "--batch-size",
@@ -246,6 +249,8 @@ def test_a_table_to_the_end(
         "--output",
         str(tmp_path),
     ]
+    seeds = range(2 if task == "humaneval" else 1)
+    words += ["--seeds", str(len(seeds))]
     if TASKS[task].runs_answers:
         with pytest.raises(PermissionError, match="--allow-code-execution"):
             program.main(words)
@@ -257,12 +262,12 @@ def test_a_table_to_the_end(
 
     # The solutions: right ones, one a problem, from the model's own mouth.
     tokenizer = AutoTokenizer.from_pretrained(model)
-    for seed in (0, 1):
+    for seed in seeds:
         record = records.read(folder / f"solutions-{seed}.json")
         found = record["result"]["solutions"]
         assert 2 <= len(found) == len({solution["problem"] for solution in found}) <= 6
         for solution in found:
-            row, number = rows_of(task)[solution["problem"]], NUMBERS[solution["problem"]]
+            row, number = rows_of(task)[solution["problem"]], NUMBERS[solution["problem"] % len(NUMBERS)]
             assert solution["completion"] == answers_of(task, number)[0]
             assert solution["prompt"] == Student(None, tokenizer).prompt(TASKS[task], _with_schema(row))
             assert solution["prompt"].endswith("\n<answer>")  # and thinking is off
@@ -273,18 +278,18 @@ def test_a_table_to_the_end(
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", record["date"])
 
     # The trainings: the paper's steps, and the states moved.
-    for seed in (0, 1):
+    for seed in seeds:
         adapter = folder / "adapters" / f"s0-learningrate=0.02-alpha=1.0-{seed}"
         training = records.read(adapter / "training.json")["result"]
         assert (training["steps"], len(training["losses"]), training["learning_rate"]) == (20, 20, 0.02)
-        assert training["losses"][-1] < 0.7 * training["losses"][0]
+        assert training["losses"][-1] < 0.8 * training["losses"][0]
         states = load_file(adapter / "adapter_model.safetensors")
         assert len(states) == 3
         assert training["trainable_parameters"] == sum(state.numel() for state in states.values())
 
     # The evaluations: S0 helps, at an alpha of zero it is the base model, and the counts are those of the answers.
     results = {path.stem: records.read(path)["result"] for path in (folder / "results").iterdir()}
-    names = [f"s0-learningrate=0.02-alpha=1.0{use}-{seed}" for use in ("", "@0.0") for seed in (0, 1)]
+    names = [f"s0-learningrate=0.02-alpha=1.0{use}-{seed}" for use in ("", "@0.0") for seed in seeds]
     assert {*results} == {"base-0", *names}
     for result in results.values():
         places = [answer["problem"] for answer in result["answers"]]
@@ -295,24 +300,25 @@ def test_a_table_to_the_end(
         ]
         assert [result["passed"][str(place)] for place in places] == right
         assert result["pass@1"] == pytest.approx(sum(right) / 6)
-    base, both = results["base-0"], [results[name] for name in names[:2]]
-    assert all(result["pass@1"] >= base["pass@1"] + 0.3 for result in both)
-    assert all(results[name]["answers"] == base["answers"] for name in names[2:])
+    base, both = results["base-0"], [results[name] for name in names[: len(seeds)]]
+    assert all(result["pass@1"] >= base["pass@1"] + 0.5 for result in both)
+    assert all(results[name]["answers"] == base["answers"] for name in names[len(seeds) :])
 
     # The report.
     text = (tmp_path / "report" / "report.md").read_text()
     section = text[text.index("## Made problems") :]
     rates = [100 * result["pass@1"] for result in both]
-    mean, spread, zero = statistics.mean(rates), statistics.stdev(rates), 100 * base["pass@1"]
+    mean, zero = statistics.mean(rates), 100 * base["pass@1"]
+    spread = f" ± {statistics.stdev(rates):.1f}" if len(seeds) > 1 else ""
     line = next(line for line in section.splitlines() if line.startswith("| S0 |"))
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells == [
         "S0",
         "70.0 ± 1.5",
-        f"{mean:.1f} ± {spread:.1f}",
+        f"{mean:.1f}{spread}",
         "+30.0 ± 1.5",
-        f"{mean - zero:+.1f} ± {spread:.1f}",
-        "2",
+        f"{mean - zero:+.1f}{spread}",
+        str(len(seeds)),
         "",
     ]
     assert f"| base | 40.0 | {zero:.1f} |" in section
@@ -325,7 +331,7 @@ def test_a_table_to_the_end(
     monkeypatch.setattr(steps, "load_student", None)
     program.main(words)
     assert times == {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")}
-    assert f"S0, seed 1: pass@1 {both[1]['pass@1']:.1%}" in capsys.readouterr().out
+    assert f"S0, seed 0: pass@1 {both[0]['pass@1']:.1%}" in capsys.readouterr().out
 
 
 def _with_schema(row: dict[str, Any]) -> dict[str, Any]:
@@ -490,7 +496,10 @@ def test_the_harness_asks_as_we_do(model: Path, data: Path, chat: bool, monkeypa
     assert [answer.problem for answer in given] == places
     assert [answer.completion for answer in given] == ours
     numbers = [re.findall(r"\d+", answer.completion) for answer in given]
-    right = [bool(found) and found[-1] == str(NUMBERS[place] + 1) for found, place in zip(numbers, places, strict=True)]
+    right = [
+        bool(found) and found[-1] == str(NUMBERS[place % len(NUMBERS)] + 1)
+        for found, place in zip(numbers, places, strict=True)
+    ]
     assert [answer.passed for answer in given] == right
 
 
