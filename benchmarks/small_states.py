@@ -176,10 +176,10 @@ def tables(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[
                 [{"pass@1": 100 * row["pass@1"]} for row in group], "pass@1", ".1f"
             )
         quality.append(line)
+        if (form, max(STEPS), STORAGES[-1]) not in groups:
+            continue
         for kind in STORAGES:
-            group = groups.get((form, max(STEPS), kind), [])
-            if not group or "bytes" not in group[0]:
-                continue
+            group = groups[form, max(STEPS), kind]
             exact = groups[form, max(STEPS), "float32"]
             changes = [{"change": row["loss"] - other["loss"]} for row, other in zip(group, exact, strict=True)]
             storage.append(
