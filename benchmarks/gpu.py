@@ -1,0 +1,220 @@
+"""Tokens a second and memory on a GPU, at the sizes of Qwen3.5-4B and Falcon-H1-7B, with random weights in bfloat16.
+
+    python benchmarks/gpu.py [--model qwen3_5_4b falcon_h1_7b] [--rounds N] [--device cuda] [--small] [--json FILE]
+
+Base, S0 and LoRA (rank 24 on the attention projections) run in turns: prefill of one long row and of a left-padded
+batch, decoding steps with 1, 8 and 32 rows, 32 rows with an adapter each, a training step of the paper's recipe (48
+solutions of 256 tokens, 4 rows at a time) with its peak memory, and a switch of task. `--small` takes small models, to
+check the program itself.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import get_peft_model
+from torch import Tensor, nn
+from transformers import FalconH1Config, Qwen3_5TextConfig
+from transformers.utils import logging
+
+sys.path.insert(0, str(Path(__file__).parent))
+from overhead import ATTENTION, LORA, decode, lora, prefill, tokens
+from timing import clock, environment, interleave, parser, ratio, report
+
+from peft_s0 import S0Config
+
+SOLUTIONS, LENGTH, ROWS = 48, 256, 4
+ADAPTERS = 32
+SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "vocab_size": 512}
+
+
+def qwen3_5_4b(small: bool) -> Any:
+    """32 layers of which 24 recur, with states of [32, 128, 128]."""
+    sizes = {"hidden_size": 2560, "intermediate_size": 9216, "num_hidden_layers": 32, "vocab_size": 248320}
+    return Qwen3_5TextConfig(
+        **(SMALL if small else sizes),
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        head_dim=256,
+        linear_num_key_heads=16,
+        linear_num_value_heads=32,
+        linear_key_head_dim=128,
+        linear_value_head_dim=128,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+    )
+
+
+def falcon_h1_7b(small: bool) -> Any:
+    """44 layers, all of which recur beside attention, with states of [24, 128, 256]."""
+    sizes = {"hidden_size": 3072, "intermediate_size": 12288, "num_hidden_layers": 44, "vocab_size": 130048}
+    return FalconH1Config(
+        **(SMALL if small else sizes),
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        head_dim=128,
+        mamba_d_ssm=3072,
+        mamba_n_heads=24,
+        mamba_d_head=128,
+        mamba_n_groups=1,
+        mamba_d_state=256,
+        mamba_chunk_size=256,
+        pad_token_id=0,
+    )
+
+
+MODELS: dict[str, Callable[[bool], Any]] = {"qwen3_5_4b": qwen3_5_4b, "falcon_h1_7b": falcon_h1_7b}
+
+
+def base(config: Any, device: str) -> nn.Module:
+    """A random model in bfloat16, made on the device."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    return model.eval()
+
+
+def many(model: nn.Module) -> nn.Module:
+    """S0 with an adapter for each of 32 rows."""
+    tuned = get_peft_model(model, S0Config(init_weights=0.1), "task-0")
+    for index in range(1, ADAPTERS):
+        tuned.add_adapter(f"task-{index}", S0Config(init_weights=0.1))
+    return tuned
+
+
+METHODS: dict[str, Callable[[nn.Module], nn.Module]] = {"base": lambda model: model, "S0": many}
+METHODS[LORA] = partial(lora, ATTENTION)
+
+
+def recipe_step(batches: list[Tensor], model: nn.Module) -> float:
+    """Milliseconds of one optimiser step: every batch forward and backward, then Adam."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=1e-3)
+    model.train()
+    with clock(batches[0].device) as elapsed:
+        for batch in batches:
+            (model(input_ids=batch, labels=batch, use_cache=False).loss / len(batches)).backward()
+        optimizer.step()
+    model.eval().zero_grad()
+    return elapsed()
+
+
+@torch.no_grad()
+def mixed(ids: Tensor, model: nn.Module) -> float:
+    """Milliseconds of a prefill in which each row has an adapter of its own."""
+    with clock(ids.device) as elapsed:
+        model(input_ids=ids, use_cache=True, adapter_names=[f"task-{index}" for index in range(len(ids))])
+    return elapsed()
+
+
+def switch(model: nn.Module) -> float:
+    """Milliseconds between one task and another that is loaded, the mean of a hundred switches."""
+    start = time.perf_counter()
+    for index in range(100):
+        model.set_adapter(f"task-{index % 2}")
+    return 1e3 * (time.perf_counter() - start) / 100
+
+
+def rows_of(name: str, measured: str, count: int, times: dict[str, list[float]]) -> list[dict[str, object]]:
+    """A row of the table for each method.
+
+    Args:
+        name: the model.
+        measured: what was measured.
+        count: how many tokens it processes.
+        times: milliseconds of each round, by method.
+    """
+    found = []
+    for method, each in times.items():
+        median, low, high = ratio(each, times[next(iter(times))])
+        milliseconds = statistics.median(each)
+        found.append(
+            {
+                "model": name,
+                "measured": measured,
+                "method": method,
+                "ms": round(milliseconds, 2),
+                "tokens/s": round(1e3 * count / milliseconds),
+                "ratio": round(median, 3),
+                "quartiles": f"{low:.3f} to {high:.3f}",
+            }
+        )
+    return found
+
+
+def measure(
+    name: str, device: str, small: bool, rounds: int
+) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
+    """The two tables of a model: inference, training."""
+    config = MODELS[name](small)
+    config.vocab_size = max(config.vocab_size, 512)
+    models = {method: adapt(base(config, device)).eval() for method, adapt in METHODS.items()}
+    models["S0"].set_adapter("task-0")
+    weights = sum(parameter.numel() for parameter in models["base"].parameters())
+    print(f"{name}: {weights / 1e9:.2f} billion weights", flush=True)
+    row, batch = (1, 2048), (8, 512)
+    mask = (torch.arange(batch[1]) >= batch[1] - torch.linspace(256, 512, 8).long().unsqueeze(1)).long().to(device)
+    timed: dict[str, tuple[int, Callable[[nn.Module], float]]] = {
+        "prefill, 1 x 2048": (2048, partial(prefill, tokens(device, *row), None)),
+        "prefill, 8 x 256 to 512": (int(mask.sum()), partial(prefill, tokens(device, *batch), mask)),
+        **{f"decode, {rows} rows": (rows, partial(decode, tokens(device, rows, 64), False)) for rows in (1, 8, 32)},
+    }
+    inference = []
+    for measured, (count, run) in timed.items():
+        times = interleave({method: partial(run, model) for method, model in models.items()}, rounds)
+        inference += rows_of(name, measured, count, times)
+    ids = tokens(device, ADAPTERS, 128)
+    candidates = {"S0, one adapter": partial(prefill, ids, None), "S0, 32 adapters": partial(mixed, ids)}
+    times = interleave({key: partial(run, models["S0"]) for key, run in candidates.items()}, rounds)
+    inference += rows_of(name, "prefill, 32 x 128", ids.numel(), times)
+    print(f"{name}: a switch takes {1e3 * switch(models['S0']):.0f} us", flush=True)
+    training = []
+    batches = list(tokens(device, SOLUTIONS, LENGTH).split(ROWS))
+    for method in ("S0", LORA):
+        on_gpu = torch.device(device).type == "cuda"
+        recipe_step(batches[:1], models[method])
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+            resident = torch.cuda.memory_allocated()
+        each = [recipe_step(batches, models[method]) for _ in range(3)]
+        peak = (torch.cuda.max_memory_allocated() - resident) / 1e9 if on_gpu else float("nan")
+        training.append(
+            {
+                "model": name,
+                "method": method,
+                "step, s": round(statistics.median(each) / 1e3, 2),
+                "20 steps, s": round(20 * statistics.median(each) / 1e3, 1),
+                "peak beside weights, GB": round(peak, 2),
+                "weights, GB": round(2 * weights / 1e9, 2),
+            }
+        )
+    return inference, training
+
+
+def main() -> None:
+    """Print the tables."""
+    command = parser("Tokens a second and memory on a GPU.", rounds=10)
+    command.add_argument("--model", nargs="+", choices=[*MODELS], default=[*MODELS])
+    command.add_argument("--device", default="cuda")
+    command.add_argument("--small", action="store_true", help="small models, to check the program")
+    options = command.parse_args()
+    logging.set_verbosity_error()
+    tables: dict[str, list[dict[str, object]]] = {"inference": [], "training": []}
+    for name in options.model:
+        inference, training = measure(name, options.device, options.small, options.rounds)
+        tables["inference"] += inference
+        tables["training"] += training
+        # After each model: what is measured is not lost with a machine.
+        report(tables, environment(options.device), options.json)
+
+
+if __name__ == "__main__":
+    main()
