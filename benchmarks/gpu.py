@@ -150,10 +150,8 @@ def rows_of(name: str, measured: str, count: int, times: dict[str, list[float]])
     return found
 
 
-def measure(
-    name: str, device: str, small: bool, rounds: int
-) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
-    """The two tables of a model: inference, training."""
+def measure(name: str, device: str, small: bool, rounds: int) -> list[dict[str, object]]:
+    """The table of a model's inference."""
     config = MODELS[name](small)
     config.vocab_size = max(config.vocab_size, 512)
     models = {method: adapt(base(config, device)).eval() for method, adapt in METHODS.items()}
@@ -176,15 +174,22 @@ def measure(
     times = interleave({key: partial(run, models["S0"]) for key, run in candidates.items()}, rounds)
     inference += rows_of(name, "prefill, 32 x 128", ids.numel(), times)
     print(f"{name}: a switch takes {1e3 * switch(models['S0']):.0f} us", flush=True)
+    return inference
+
+
+def measure_training(name: str, device: str, small: bool) -> list[dict[str, object]]:
+    """The table of a model's training."""
     training = []
     batches = list(tokens(device, SOLUTIONS, LENGTH).split(ROWS))
     for method in ("S0", LORA):
+        model = METHODS[method](base(MODELS[name](small), device))
+        weights = sum(parameter.numel() for parameter in model.get_base_model().parameters())
         on_gpu = torch.device(device).type == "cuda"
-        recipe_step(batches[:1], models[method])
+        recipe_step(batches[:1], model)
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
             resident = torch.cuda.memory_allocated()
-        each = [recipe_step(batches, models[method]) for _ in range(3)]
+        each = [recipe_step(batches, model) for _ in range(3)]
         peak = (torch.cuda.max_memory_allocated() - resident) / 1e9 if on_gpu else float("nan")
         training.append(
             {
@@ -196,7 +201,7 @@ def measure(
                 "weights, GB": round(2 * weights / 1e9, 2),
             }
         )
-    return inference, training
+    return training
 
 
 def main() -> None:
@@ -205,15 +210,17 @@ def main() -> None:
     command.add_argument("--model", nargs="+", choices=[*MODELS], default=[*MODELS])
     command.add_argument("--device", default="cuda")
     command.add_argument("--small", action="store_true", help="small models, to check the program")
+    command.add_argument("--no-training", action="store_true", help="inference only")
     options = command.parse_args()
     logging.set_verbosity_error()
-    tables: dict[str, list[dict[str, object]]] = {"inference": [], "training": []}
+    tables: dict[str, list[dict[str, object]]] = {}
     for name in options.model:
-        inference, training = measure(name, options.device, options.small, options.rounds)
-        tables["inference"] += inference
-        tables["training"] += training
-        # After each model: what is measured is not lost with a machine.
+        tables[f"{name}, inference"] = measure(name, options.device, options.small, options.rounds)
+        # At once: what is measured is not lost with a machine.
         report(tables, environment(options.device), options.json)
+        if not options.no_training:
+            tables[f"{name}, training"] = measure_training(name, options.device, options.small)
+            report(tables, environment(options.device), options.json)
 
 
 if __name__ == "__main__":

@@ -35,12 +35,12 @@ class SlowMixer(nn.Module):
         self.offset = offset
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        state = self.state.double().expand(hidden_states.shape[0], *self.state.shape)
+        state = self.state.to(hidden_states.device).double().expand(hidden_states.shape[0], *self.state.shape)
         return self.recur(hidden_states.double(), state)
 
     def read(self, state: Tensor) -> Tensor:
         """What is multiplied by q_t: S_t, and the offset where the recurrence takes one."""
-        return state if self.offset is None else state + self.offset.double()
+        return state if self.offset is None else state + self.offset.to(state)
 
     def recur(self, x: Tensor, state: Tensor) -> Tensor:
         raise NotImplementedError
