@@ -213,6 +213,12 @@ SMALL = Table(
 """Few runs, at a rate and alpha that tell on a tiny model."""
 
 
+def only(monkeypatch: pytest.MonkeyPatch, tables: dict[str, Table]) -> None:
+    """Lets the program know no other tables: to draw all takes time."""
+    for module in (program, report):
+        monkeypatch.setattr(module, "TABLES", tables)
+
+
 def needs_harness(task: str) -> None:
     if TASKS[task].harness:
         pytest.importorskip("lm_eval")
@@ -224,8 +230,7 @@ def test_a_table_to_the_end(
     task: str, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     needs_harness(task)
-    for tables in (paper.TABLES, program.TABLES, report.TABLES):
-        monkeypatch.setitem(tables, "small", SMALL)
+    only(monkeypatch, {"small": SMALL})
     words = [
         "small",
         "--model",
@@ -409,8 +414,9 @@ def test_a_prefix_on_a_pure_transformer(model: Path, data: Path, tmp_path: Path)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_tiny_model_plays_a_table(tmp_path: Path) -> None:
+def test_the_tiny_model_plays_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As anybody can run it: one training, used at several alphas."""
+    only(monkeypatch, {"alpha": paper.TABLES["alpha"], "transfer": paper.TABLES["transfer"]})
     threads = torch.get_num_threads()
     words = ["alpha", "--model", "tiny", "--problems", "10", "--allow-code-execution", "--unconfined"]
     try:
