@@ -195,12 +195,12 @@ def model(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
 
 
 def bench(task: str, model: Path, data: Path, output: Path, **settings: Any) -> steps.Bench:
-    """A task on the model, with 6 problems to collect from and to evaluate on."""
-    chosen = {"problems": 6, "new_tokens": 32, "label": "made", "databases": data / "databases", **settings}
+    """A task on the model, with 4 problems to collect from and to evaluate on."""
+    chosen = {"problems": 4, "new_tokens": 32, "label": "made", "databases": data / "databases", **settings}
     return steps.bench_of(task, model_name=str(model), output=output, data=data, **chosen)
 
 
-QUICK = {"alpha": 1.0, "learning_rate": 2e-2}
+QUICK = {"alpha": 1.0, "learning_rate": 5e-2}
 SMALL = Table(
     "Made problems",
     (
@@ -211,6 +211,12 @@ SMALL = Table(
     reference="S0",
 )
 """Few runs, at a rate and alpha that tell on a tiny model."""
+
+
+def only(monkeypatch: pytest.MonkeyPatch, tables: dict[str, Table]) -> None:
+    """Lets the program know no other tables: to draw all takes time."""
+    for module in (program, report):
+        monkeypatch.setattr(module, "TABLES", tables)
 
 
 def needs_harness(task: str) -> None:
@@ -224,8 +230,7 @@ def test_a_table_to_the_end(
     task: str, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     needs_harness(task)
-    for tables in (paper.TABLES, program.TABLES, report.TABLES):
-        monkeypatch.setitem(tables, "small", SMALL)
+    only(monkeypatch, {"small": SMALL})
     words = [
         "small",
         "--model",
@@ -239,7 +244,7 @@ def test_a_table_to_the_end(
     ]
     words += [
         "--problems",
-        "6",
+        "4",
         "--new-tokens",
         "32",
         "--device",
@@ -265,7 +270,7 @@ def test_a_table_to_the_end(
     for seed in seeds:
         record = records.read(folder / f"solutions-{seed}.json")
         found = record["result"]["solutions"]
-        assert 2 <= len(found) == len({solution["problem"] for solution in found}) <= 6
+        assert 2 <= len(found) == len({solution["problem"] for solution in found}) <= 4
         for solution in found:
             row, number = rows_of(task)[solution["problem"]], NUMBERS[solution["problem"] % len(NUMBERS)]
             assert solution["completion"] == answers_of(task, number)[0]
@@ -279,9 +284,9 @@ def test_a_table_to_the_end(
 
     # The trainings: the paper's steps, and the states moved.
     for seed in seeds:
-        adapter = folder / "adapters" / f"s0-learningrate=0.02-alpha=1.0-{seed}"
+        adapter = folder / "adapters" / f"s0-learningrate=0.05-alpha=1.0-{seed}"
         training = records.read(adapter / "training.json")["result"]
-        assert (training["steps"], len(training["losses"]), training["learning_rate"]) == (20, 20, 0.02)
+        assert (training["steps"], len(training["losses"]), training["learning_rate"]) == (20, 20, 0.05)
         assert training["losses"][-1] < 0.8 * training["losses"][0]
         states = load_file(adapter / "adapter_model.safetensors")
         assert len(states) == 3
@@ -289,19 +294,19 @@ def test_a_table_to_the_end(
 
     # The evaluations: S0 helps, at an alpha of zero it is the base model, and the counts are those of the answers.
     results = {path.stem: records.read(path)["result"] for path in (folder / "results").iterdir()}
-    names = [f"s0-learningrate=0.02-alpha=1.0{use}-{seed}" for use in ("", "@0.0") for seed in seeds]
+    names = [f"s0-learningrate=0.05-alpha=1.0{use}-{seed}" for use in ("", "@0.0") for seed in seeds]
     assert {*results} == {"base-0", *names}
     for result in results.values():
         places = [answer["problem"] for answer in result["answers"]]
-        assert places == TASKS[task].held_out.indices(100)[:6]
+        assert places == TASKS[task].held_out.indices(100)[:4]
         right = [
             int(answer["completion"] == answers_of(task, NUMBERS[answer["problem"] % len(NUMBERS)])[0])
             for answer in result["answers"]
         ]
         assert [result["passed"][str(place)] for place in places] == right
-        assert result["pass@1"] == pytest.approx(sum(right) / 6)
+        assert result["pass@1"] == pytest.approx(sum(right) / 4)
     base, both = results["base-0"], [results[name] for name in names[: len(seeds)]]
-    assert all(result["pass@1"] >= base["pass@1"] + 0.5 for result in both)
+    assert all(result["pass@1"] >= base["pass@1"] + 0.3 for result in both)
     assert all(results[name]["answers"] == base["answers"] for name in names[len(seeds) :])
 
     # The report.
@@ -341,14 +346,18 @@ def _with_schema(row: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.filterwarnings("ignore")
 def test_every_method(model: Path, data: Path, tmp_path: Path) -> None:
     """All that can be trained on a hybrid model, on a few solutions, and sampled answers of one of them."""
-    place = bench("humaneval", model, data, tmp_path, problems=3)
+    place = bench("humaneval", model, data, tmp_path, problems=2)
     sizes = {}
-    for name in ("s0", "offset", "lora-r24", "lora-r48", "lora-r64", "lora-mixers"):
+    for name in ("s0", "lora-r48", "lora-r64"):
+        student = place.take_base()
+        net = get_peft_model(student.model, methods.recipe(Training(name), student.model).config)
+        sizes[name] = net.get_nb_trainable_parameters()[0]
+    for name in ("offset", "lora-r24", "lora-mixers"):
         adapter = steps.train(place, Training(name), seed=0)
         made = records.read(adapter / "training.json")["result"]
         sizes[name] = made["trainable_parameters"]
-        assert made["steps"] == len(made["losses"]) == (20 if name in ("s0", "offset") else 50)
-        assert made["learning_rate"] == (1e-3 if name in ("s0", "offset") else 5e-4)
+        assert made["steps"] == len(made["losses"]) == (20 if name == "offset" else 50)
+        assert made["learning_rate"] == (1e-3 if name == "offset" else 5e-4)
         weights = load_file(adapter / "adapter_model.safetensors")
         where = {re.search(r"layers\.(\d)\.(\w+)\.(\w+)", weight).groups() for weight in weights}
         assert {int(layer) for layer, *_ in where} == ({3} if "lora-r" in name else {0, 1, 2})
@@ -409,8 +418,9 @@ def test_a_prefix_on_a_pure_transformer(model: Path, data: Path, tmp_path: Path)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_tiny_model_plays_a_table(tmp_path: Path) -> None:
+def test_the_tiny_model_plays_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As anybody can run it: one training, used at several alphas."""
+    only(monkeypatch, {"alpha": paper.TABLES["alpha"], "transfer": paper.TABLES["transfer"]})
     threads = torch.get_num_threads()
     words = ["alpha", "--model", "tiny", "--problems", "10", "--allow-code-execution", "--unconfined"]
     try:
