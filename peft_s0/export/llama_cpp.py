@@ -38,16 +38,40 @@ _DATA_MAGIC = 0xAF143CD8
 _FILE_MAGIC = 0x67677371
 _F32 = 0
 _ERROR = 4  # a level of llama.cpp's log; one above goes on with the line before
-# The position of the last token. A sequence without one is at -1: its first token will be at 0, as it is without a state.
+# The position of the last token. A sequence without one is at -1, so that its first token will be at 0.
 _BEFORE_FIRST = -1
 
-_MAMBA2 = ("mamba2", "falcon-h1", "granitehybrid", "nemotron_h", "nemotron_h_moe")
+# By the names in GGUF files: what the models' classes are called in transformers, and their layers' mixers.
+_MODELS = {
+    "mamba2": ("Mamba2", "mixer"),
+    "falcon-h1": ("FalconH1", "mamba"),
+    "granitehybrid": ("GraniteMoeHybrid", "mamba"),
+    "nemotron_h": ("NemotronH", "mixer"),
+    "qwen3next": ("Qwen3Next", "linear_attn"),
+    "qwen35": ("Qwen3_5", "linear_attn"),
+    "qwen35moe": ("Qwen3_5Moe", "linear_attn"),
+}
+SUPPORTED = tuple(_MODELS)
+"""The architectures, as GGUF files name them."""
 _GATED_DELTA_NET = ("qwen3next", "qwen35", "qwen35moe")
 _NO_ATTENTION = ("mamba2",)
 # transformers counts value heads key head by key head; the converter of these turns that round.
 _KEY_HEADS_INNERMOST = ("qwen35", "qwen35moe")
-SUPPORTED = (*_MAMBA2, *_GATED_DELTA_NET)
-"""The architectures, as GGUF files name them."""
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """What a slot's cache of keys and values is like; a server refuses slots that were written with others.
+
+    Args:
+        flash_attention: as the server's `--flash-attn`; None: auto, its default.
+        type_k: as its `--cache-type-k`.
+        type_v: as its `--cache-type-v`.
+    """
+
+    flash_attention: bool | None = None
+    type_k: str = "f16"
+    type_v: str = "f16"
 
 
 @dataclass(frozen=True)
@@ -176,8 +200,8 @@ def state_data(
     """The state of a sequence without a token, as `llama_state_seq_set_data` takes it. See `set_state`.
 
     Args:
-        adapter: a live model with S0 adapters, or folder or Hub id of a saved adapter. A live model is compared with the
-            weights of the GGUF, too.
+        adapter: a live model with S0 adapters, or folder or Hub id of a saved adapter. A live model's weights are
+            compared with those of the GGUF, too.
         gguf: the model that will start from it; of a split one, the first part.
         adapter_name: which adapter of a live model; None: the active one.
         streams: number of streams of the context's cache: 1 if it serves one sequence or is unified (`kv_unified`),
@@ -239,9 +263,7 @@ def write_slot(
     prefix: Sequence[int] | str | None = None,
     *,
     adapter_name: str | None = None,
-    flash_attention: bool | None = None,
-    cache_type_k: str = "f16",
-    cache_type_v: str = "f16",
+    cache: CacheSettings | None = None,
     check_version: bool = True,
     **kwargs: Any,
 ) -> list[int]:
@@ -256,9 +278,7 @@ def write_slot(
         file: what to write, in one step.
         prefix: tokens, or text in which special tokens are read as such; None: the tokenizer's BOS.
         adapter_name: see `state_data`.
-        flash_attention: as the server's `--flash-attn`; None: auto, its default.
-        cache_type_k: as its `--cache-type-k`.
-        cache_type_v: as its `--cache-type-v`.
+        cache: the server's settings; None: its defaults.
         check_version: whether to refuse versions of llama-cpp-python that are not tested.
         kwargs: see `state_data`.
 
@@ -274,8 +294,7 @@ def write_slot(
     """
     library = _library(check_version)
     data = state_data(adapter, gguf, adapter_name=adapter_name, **kwargs)
-    settings = {"flash_attention": flash_attention, "cache_type_k": cache_type_k, "cache_type_v": cache_type_v}
-    with _Engine(library, gguf, **settings) as engine:
+    with _Engine(library, gguf, cache or CacheSettings()) as engine:
         tokens = engine.prefix(prefix)
         engine.make_context(len(tokens))
         set_state(engine.context, data, check_version=check_version)
@@ -349,14 +368,12 @@ def verify(
     adapter_name: str | None = None,
     tokens: Sequence[int] | None = None,
     tolerance: float = 0.05,
-    flash_attention: bool | None = None,
-    cache_type_k: str = "f16",
-    cache_type_v: str = "f16",
+    cache: CacheSettings | None = None,
     check_version: bool = True,
 ) -> Verification:
     """Load a file into llama.cpp and compare the logits with those of transformers, with the adapter and without.
 
-    What is compared is the difference that the adapter makes, so that what quantisation does to the model counts little.
+    What is compared is the difference that the adapter makes, so that what quantisation does to a model counts little.
 
     Args:
         file: from `write_state` or `write_slot`.
@@ -366,9 +383,7 @@ def verify(
         tokens: what to decode after the file's prefix; None: eight tokens from all over the vocabulary.
         tolerance: largest `Verification.error` that passes. A state of another order has one of about 1; quantised
             weights cause some, see docs/llama-cpp.md.
-        flash_attention: as in `write_slot`.
-        cache_type_k: as in `write_slot`.
-        cache_type_v: as in `write_slot`.
+        cache: as in `write_slot`.
         check_version: as in `write_slot`.
 
     Raises:
@@ -379,8 +394,7 @@ def verify(
     library = _library(check_version)
     layout = read_layout(gguf)
     start = _start(layout, model, adapter_name, {})
-    settings = {"flash_attention": flash_attention, "cache_type_k": cache_type_k, "cache_type_v": cache_type_v}
-    with _Engine(library, gguf, **settings) as engine:
+    with _Engine(library, gguf, cache or CacheSettings()) as engine:
         if tokens is None:
             tokens = np.random.default_rng(0).integers(0, engine.vocabulary, 8).tolist()
         prefix = _prefix_of(file)
@@ -429,6 +443,14 @@ def _vector(tensors: dict[str, Any], name: str, file: Path) -> Tensor:
 def _start(layout: Layout, adapter: PeftModel | str | Path, adapter_name: str | None, options: dict[str, Any]) -> Start:
     """An adapter's states, checked against what can be known of its model and of the GGUF's."""
     start = read_start(adapter, layout.shape, adapter_name, **options)
+    name, attribute = _MODELS[layout.architecture]
+    known = start.model_class
+    if start.attributes != {attribute} or (known and not re.match(f"{name}(?!Moe)[A-Z]", known)):
+        raise ValueError(
+            f"{start.source} is of a {known or 'model'} whose recurrent mixers are called "
+            f"{', '.join(sorted(start.attributes))}; '{layout.file}' is a {layout.architecture}, that is {name}, with "
+            f"{attribute}. Export to the base model that the adapter was trained on."
+        )
     outside = sorted(set(start.states) - set(layout.recurrent))
     missing = sorted(set(layout.recurrent) - start.covers) if start.covers is not None else []
     surplus = sorted(start.covers - set(layout.recurrent)) if start.covers is not None else []
@@ -445,12 +467,11 @@ def _start(layout: Layout, adapter: PeftModel | str | Path, adapter_name: str | 
 
 def _check_weights(layout: Layout, index: int, mixer: nn.Module) -> None:
     """Compare a mixer with its GGUF: this tells another model of the same size, and another order of heads."""
-    own = (("dt_bias", mixer.dt_bias), ("A_log", mixer.A_log))
-    if any(not isinstance(weight, Tensor) or weight.is_meta for _, weight in own):
+    bias, decay = mixer.get_parameter("dt_bias").detach(), mixer.get_parameter("A_log").detach()
+    if bias.is_meta or decay.is_meta:
         return  # offloaded
-    bias, decay = (weight.detach().float().cpu() for _, weight in own)
-    pairs = zip(own, (bias, -decay.exp()), layout.weights[index], strict=True)
-    for (name, _), weight, found in pairs:
+    own = {"dt_bias": bias.float().cpu(), "-exp(A_log)": -decay.float().cpu().exp()}
+    for (name, weight), found in zip(own.items(), layout.weights[index], strict=True):
         expected = layout.order_heads(weight)
         # The rounding of bfloat16, which either side may have gone through.
         if expected.shape != found.shape or not torch.allclose(expected, found, rtol=2**-6, atol=2**-6):
@@ -524,8 +545,8 @@ def _library(check_version: bool) -> ModuleType:
         import llama_cpp
     except ImportError as error:
         raise ImportError(
-            f"This needs llama-cpp-python: pip install llama-cpp-python=={LLAMA_CPP_PYTHON}. state_data and write_state "
-            "do without."
+            f"This needs llama-cpp-python: pip install llama-cpp-python=={LLAMA_CPP_PYTHON}. state_data and "
+            "write_state do without."
         ) from error
     if check_version and llama_cpp.__version__ != LLAMA_CPP_PYTHON:
         raise ValueError(
@@ -540,14 +561,14 @@ def _messages(library: ModuleType) -> Iterator[Callable[[], str]]:
     """What llama.cpp says is wrong meanwhile, instead of saying it on standard error: from a function, all in one."""
     said: list[str] = []
 
-    @library.llama_log_callback
     def listen(level: int, text: bytes, data: Any) -> None:
         if level >= _ERROR:
             said.append(text.decode(errors="replace"))
 
+    listener = library.llama_log_callback(listen)
     before, data = library.llama_log_callback(), ctypes.c_void_p()
     library.llama_log_get(ctypes.byref(before), ctypes.byref(data))
-    library.llama_log_set(listen, None)
+    library.llama_log_set(listener, None)
     try:
         yield lambda: " ".join("".join(said).split()) or "no message"
     finally:
@@ -560,26 +581,17 @@ class _Engine:
     Args:
         library: llama-cpp-python.
         gguf: the model.
-        flash_attention: None: as llama.cpp chooses.
-        cache_type_k: type of the keys in the cache.
-        cache_type_v: type of the values.
+        cache: what its cache of keys and values is like.
     """
 
-    def __init__(
-        self,
-        library: ModuleType,
-        gguf: str | Path,
-        flash_attention: bool | None = None,
-        cache_type_k: str = "f16",
-        cache_type_v: str = "f16",
-    ) -> None:
+    def __init__(self, library: ModuleType, gguf: str | Path, cache: CacheSettings) -> None:
         self.library = library
         self.context: Any = None
         self.parameters = library.llama_context_default_params()
         self.parameters.n_seq_max = 1
-        self.parameters.type_k = _cache_type(library, "cache_type_k", cache_type_k)
-        self.parameters.type_v = _cache_type(library, "cache_type_v", cache_type_v)
-        self.parameters.flash_attn_type = -1 if flash_attention is None else int(flash_attention)
+        self.parameters.type_k = _ggml_type(library, "type_k", cache.type_k)
+        self.parameters.type_v = _ggml_type(library, "type_v", cache.type_v)
+        self.parameters.flash_attn_type = -1 if cache.flash_attention is None else int(cache.flash_attention)
         library.llama_backend_init()
         with _messages(library) as said:
             self.model = library.llama_model_load_from_file(str(gguf).encode(), library.llama_model_default_params())
@@ -675,8 +687,8 @@ class _Engine:
             )
 
 
-def _cache_type(library: ModuleType, argument: str, name: str) -> int:
+def _ggml_type(library: ModuleType, argument: str, name: str) -> int:
     found = getattr(library, f"GGML_TYPE_{name.upper()}", None)
     if found is None:
-        raise ValueError(f"{argument} must be one of ggml's types, such as 'f16' or 'q8_0', got {name!r}.")
+        raise ValueError(f"CacheSettings: {argument} must be one of ggml's types, as 'f16' or 'q8_0', got {name!r}.")
     return int(found)

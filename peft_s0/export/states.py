@@ -29,12 +29,16 @@ class Start:
         states: the effective state of each layer that it tunes, by the layer's index: float32 [heads, ...] on the CPU,
             with `alpha` and `normalize` applied and low rank multiplied out.
         covers: the layers that a model must have recurrent mixers in if the adapter is its; None: not known.
+        model_class: the name of the model's class; None: not known, as PEFT does not record it with a `task_type`.
+        attributes: what the adapted mixers are called in their layers.
         mixers: the mixers of a live model, by the layer's index; of a saved adapter there are none.
     """
 
     source: str
     states: dict[int, Tensor]
     covers: frozenset[int] | None
+    model_class: str | None
+    attributes: frozenset[str]
     mixers: dict[int, nn.Module] = field(default_factory=dict)
 
 
@@ -75,18 +79,20 @@ def _live(model: PeftModel, shape: tuple[int, ...], adapter_name: str | None) ->
         raise ValueError("The model is in training mode, where states may be scaled by train_alpha; call eval() first.")
     source = f"adapter '{adapter_name}'"
     _check_config(source, config)
-    states = {}
+    base = model.get_base_model()
+    found = _Layers(source)
     with torch.no_grad():
         for name, layer in model.named_modules():
             if isinstance(layer, S0Layer) and adapter_name in layer.configs:
                 state = layer.effective_state(adapter_name).cpu()
                 _check_state(source, name, tuple(state.shape), shape, state)
-                _add(states, source, name.removesuffix(f".{CHILD}"), state)
-    mixers: dict[int, nn.Module] = {}
-    for name, module in model.get_base_model().named_modules():
+                found.add(name.removesuffix(f".{CHILD}"), state)
+    mixers = _Layers(source)
+    for name, module in base.named_modules():
         if find_mixer(type(module)) is not None:
-            _add(mixers, source, name, module)
-    return Start(source, states, frozenset(mixers), mixers)
+            mixers.add(name, module)
+    covers = frozenset(mixers.values)
+    return Start(source, found.values, covers, type(base).__name__, found.attributes, mixers.values)
 
 
 def _saved(model_id: str, shape: tuple[int, ...], **kwargs: Any) -> Start:
@@ -103,7 +109,7 @@ def _saved(model_id: str, shape: tuple[int, ...], **kwargs: Any) -> Start:
     layer = S0Layer(nn.Module(), Mixer("", Family("", 1.0), lambda mixer: shape)).eval()
     layer.update_layer("saved", config, torch.device("meta"))
     expected = tuple(layer.state("saved").weight.shape)
-    states: dict[int, Tensor] = {}
+    found = _Layers(source)
     with safe_open(file, framework="pt") as tensors, torch.no_grad():
         for name in tensors.keys():  # noqa: SIM118 - no dict
             if not name.endswith(_STATE):
@@ -111,8 +117,10 @@ def _saved(model_id: str, shape: tuple[int, ...], **kwargs: Any) -> Start:
             stored = tensors.get_tensor(name)
             _check_state(source, name, tuple(stored.shape), expected, stored)
             layer.state("saved").weight = nn.Parameter(stored.float(), requires_grad=False)
-            _add(states, source, name.removesuffix(_STATE), layer.effective_state("saved"))
-    return Start(source, states, frozenset(states) if _tunes_all(config) else None)
+            found.add(name.removesuffix(_STATE), layer.effective_state("saved"))
+    covers = frozenset(found.values) if _tunes_all(config) else None
+    model_class = (config.auto_mapping or {}).get("base_model_class")
+    return Start(source, found.values, covers, model_class, found.attributes)
 
 
 def _check_config(source: str, config: S0Config) -> None:
@@ -145,11 +153,20 @@ def _tunes_all(config: S0Config) -> bool:
     return not any(part.isdigit() for target in targets for part in target.split("."))
 
 
-def _add(found: dict[int, Any], source: str, name: str, value: Any) -> None:
-    """Put a mixer's value in the place of its layer, `layers.<index>.<mixer>` at the end of its name."""
-    parts = shared_name(name).split(".")
-    if len(parts) < 3 or not parts[1].isdigit():
-        raise ValueError(f"{source}: '{name}' does not say which layer it is of.")
-    if int(parts[1]) in found:
-        raise ValueError(f"{source} has two states for layer {parts[1]}, the second one in '{name}'.")
-    found[int(parts[1])] = value
+class _Layers:
+    """Values by the layers they are of, which names of mixers say: `layers.<index>.<attribute>` at their end."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.values: dict[int, Any] = {}
+        self.attributes: frozenset[str] = frozenset()
+
+    def add(self, name: str, value: Any) -> None:
+        parts = shared_name(name).split(".", 2)
+        if len(parts) < 3:
+            raise ValueError(f"{self.source}: the name '{name}' does not say which layer it is of.")
+        index = int(parts[1])
+        if index in self.values:
+            raise ValueError(f"{self.source} has two mixers in layer {index}, the second one is '{name}'.")
+        self.values[index] = value
+        self.attributes |= {parts[2]}
