@@ -15,7 +15,7 @@ import math
 import re
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -589,14 +589,17 @@ class _Engine:
         self.context: Any = None
         self.parameters = library.llama_context_default_params()
         self.parameters.n_seq_max = 1
+        self.parameters.n_threads = self.parameters.n_threads_batch = torch.get_num_threads()
         self.parameters.type_k = _ggml_type(library, "type_k", cache.type_k)
         self.parameters.type_v = _ggml_type(library, "type_v", cache.type_v)
         self.parameters.flash_attn_type = -1 if cache.flash_attention is None else int(cache.flash_attention)
+        self.opened = ExitStack()
+        self.said = self.opened.enter_context(_messages(library))
         library.llama_backend_init()
-        with _messages(library) as said:
-            self.model = library.llama_model_load_from_file(str(gguf).encode(), library.llama_model_default_params())
+        self.model = library.llama_model_load_from_file(str(gguf).encode(), library.llama_model_default_params())
         if not self.model:
-            raise RuntimeError(f"llama.cpp cannot load '{gguf}' ({said()}).")
+            self.opened.close()
+            raise RuntimeError(f"llama.cpp cannot load '{gguf}' ({self.said()}).")
         self.vocab = library.llama_model_get_vocab(self.model)
         self.vocabulary: int = library.llama_vocab_n_tokens(self.vocab)
 
@@ -607,15 +610,15 @@ class _Engine:
         if self.context:
             self.library.llama_free(self.context)
         self.library.llama_model_free(self.model)
+        self.opened.close()
 
     def make_context(self, tokens: int) -> None:
         """Make room for a number of tokens."""
         self.parameters.n_ctx = self.parameters.n_batch = tokens + 1
         self.parameters.n_ubatch = min(tokens + 1, 512)
-        with _messages(self.library) as said:
-            self.context = self.library.llama_init_from_model(self.model, self.parameters)
+        self.context = self.library.llama_init_from_model(self.model, self.parameters)
         if not self.context:
-            raise RuntimeError(f"llama.cpp cannot make a context ({said()}).")
+            raise RuntimeError(f"llama.cpp cannot make a context ({self.said()}).")
 
     def prefix(self, prefix: Sequence[int] | str | None) -> list[int]:
         """The tokens of a prefix."""
@@ -654,9 +657,8 @@ class _Engine:
             for index, token in enumerate(tokens):
                 batch.token[index], batch.pos[index] = token, position + index
                 batch.n_seq_id[index], batch.seq_id[index][0], batch.logits[index] = 1, 0, 1
-            with _messages(self.library) as said:
-                if self.library.llama_decode(self.context, batch) != 0:
-                    raise RuntimeError(f"llama.cpp cannot decode ({said()}).")
+            if self.library.llama_decode(self.context, batch) != 0:
+                raise RuntimeError(f"llama.cpp cannot decode ({self.said()}).")
         finally:
             self.library.llama_batch_free(batch)
         shape = (len(tokens), self.vocabulary)
@@ -670,20 +672,17 @@ class _Engine:
     def save(self, file: Path, tokens: list[int]) -> None:
         """Write the sequence and its tokens to a file."""
         held = (self.library.llama_token * len(tokens))(*tokens)
-        with _messages(self.library) as said:
-            if not self.library.llama_state_seq_save_file(self.context, str(file).encode(), 0, held, len(tokens)):
-                raise RuntimeError(f"llama.cpp cannot write '{file}' ({said()}).")
+        if not self.library.llama_state_seq_save_file(self.context, str(file).encode(), 0, held, len(tokens)):
+            raise RuntimeError(f"llama.cpp cannot write '{file}' ({self.said()}).")
 
     def load(self, file: Path, tokens: list[int]) -> None:
         """Read the sequence from a file with these tokens."""
         held, count = (self.library.llama_token * max(1, len(tokens)))(), ctypes.c_size_t()
-        with _messages(self.library) as said:
-            read = self.library.llama_state_seq_load_file(
-                self.context, str(file).encode(), 0, held, len(tokens), ctypes.byref(count)
-            )
-        if not read:
+        if not self.library.llama_state_seq_load_file(
+            self.context, str(file).encode(), 0, held, len(tokens), ctypes.byref(count)
+        ):
             raise ValueError(
-                f"llama.cpp refuses '{file}' ({said()}). Write it for this GGUF, with these settings of the cache."
+                f"llama.cpp refuses '{file}' ({self.said()}). Write it for this GGUF, with these settings of the cache."
             )
 
 
