@@ -16,6 +16,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -115,8 +116,8 @@ def train(folder: Path, seed: int) -> None:
     torch.manual_seed(seed)
     base, tokenizer = load_base(), load_tokenizer()
     stream = problems("train", seed)
-    for task, condition in zip(TASKS, ({}, {"chosen": is_one_line}), strict=True):
-        solutions = collect(own_solutions(base, tokenizer, stream, *condition.values()), SOLUTIONS, task)
+    for task, wanted in zip(TASKS, (bool, is_one_line), strict=True):
+        solutions = collect(own_solutions(base, tokenizer, stream, wanted), SOLUTIONS, task)
         tune(tokenizer, solutions, S0Config(alpha=1.0, l2_lambda=5e-4), 5e-3, 20, folder / task, seed)
 
 
@@ -156,10 +157,9 @@ def main() -> None:
 
     print(f"\n{prompts[0]}")
     for task, given in answers.items():
-        with model.disable_adapter():
-            expected = complete(model, load_tokenizer(), prompts) if task is None else None
         if task is not None:
             model.set_adapter(task)
+        with model.disable_adapter() if task is None else nullcontext():
             expected = complete(model, load_tokenizer(), prompts)
         same = sum(here == there for here, there in zip(given, expected, strict=True))
         print(f"\n    # {task or 'base'}{given[0]}\n    # {same} of {len(prompts)} answers are those of transformers.")

@@ -346,12 +346,13 @@ def set_state(context: Any, data: bytes, sequence: int = 0, *, check_version: bo
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` measured, in the largest differences of logits.
+    """What `verify` measured.
 
     Args:
-        error: of what the state changes in llama.cpp from what it changes in transformers, relative to the latter.
-        effect: what it changes in transformers.
-        base: between the two engines without the state.
+        error: how far what the state changes in llama.cpp is from what it changes in transformers, relative to the
+            latter, in the norm of all logits.
+        effect: the largest difference of a logit that it makes in transformers.
+        base: the largest difference of a logit between the two engines without the state.
     """
 
     error: float
@@ -367,7 +368,7 @@ def verify(
     *,
     adapter_name: str | None = None,
     tokens: Sequence[int] | None = None,
-    tolerance: float = 0.05,
+    tolerance: float = 0.1,
     cache: CacheSettings | None = None,
     check_version: bool = True,
 ) -> Verification:
@@ -381,7 +382,7 @@ def verify(
         gguf: the same model for llama.cpp.
         adapter_name: which adapter; None: the active one.
         tokens: what to decode after the file's prefix; None: eight tokens from all over the vocabulary.
-        tolerance: largest `Verification.error` that passes. A state of another order has one of about 1; quantised
+        tolerance: largest `Verification.error` that passes. States in another order have one of about 1; quantised
             weights cause some, see docs/llama-cpp.md.
         cache: as in `write_slot`.
         check_version: as in `write_slot`.
@@ -415,7 +416,7 @@ def verify(
             f"{start.source} changes logits by {effect:.1e} only, llama.cpp differs from transformers by "
             f"{base_error:.1e} without it: nothing can be told. Pass other tokens, or a GGUF of higher precision."
         )
-    error = float(((tuned - base) - (expected - expected_base)).abs().max()) / effect
+    error = float(((tuned - base) - (expected - expected_base)).norm() / (expected - expected_base).norm())
     if not error <= tolerance:
         raise ValueError(
             f"'{file}' is wrong for '{gguf}': what it changes in llama.cpp differs from what {start.source} changes in "

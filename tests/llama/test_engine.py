@@ -161,7 +161,7 @@ def test_another_order_is_found(case: Case, tmp_path: Path) -> None:
     assert found.error > 0.5
 
 
-@pytest.mark.parametrize(("kind", "tolerance"), [("Q8_0", 0.05), ("Q4_0", 0.5)])
+@pytest.mark.parametrize(("kind", "tolerance"), [("Q8_0", 0.1), ("Q4_0", 0.6)])
 @pytest.mark.parametrize("name", ["mamba2", "qwen3_5", "falcon_h1"])
 def test_quantised_models(name: str, kind: str, tolerance: float, make_case: MakeCase, tmp_path: Path) -> None:
     case = make_case(name)
@@ -171,6 +171,7 @@ def test_quantised_models(name: str, kind: str, tolerance: float, make_case: Mak
     assert llama_cpp.llama_model_quantize(str(case.gguf).encode(), str(file).encode(), ctypes.byref(parameters)) == 0
     assert file.stat().st_size < case.gguf.stat().st_size
     right = write_state(case.tuned.model, file, tmp_path / "right.state")
+    assert right.read_bytes() == write_state(case.tuned.model, case.gguf, tmp_path / "same.state").read_bytes()
     found = verify(right, case.tuned.model, file, tolerance=tolerance)
     wrong = write_state(other_order(case.tuned).model, file, tmp_path / "wrong.state")
     with pytest.raises(ValueError, match="is wrong for"):
@@ -290,7 +291,9 @@ def test_nothing_to_tell(make_case: MakeCase, tmp_path: Path) -> None:
 def test_models_that_llama_cpp_does_not_load(make_case: MakeCase, tmp_path: Path) -> None:
     case = make_case("mamba2")
     (tmp_path / "broken.gguf").write_bytes(case.gguf.read_bytes().replace(b"blk.1.ssm_norm", b"blk.1.ssm_nxrm"))
-    with pytest.raises(RuntimeError, match=r"llama.cpp cannot load '.*broken.gguf' \(.*'blk.1.ssm_norm.weight' not found"):
+    with pytest.raises(
+        RuntimeError, match=r"llama.cpp cannot load '.*broken.gguf' \(.*'blk.1.ssm_norm.weight' not found"
+    ):
         write_slot(case.tuned.model, tmp_path / "broken.gguf", tmp_path / "task.slot", [1])
 
 
