@@ -9,7 +9,6 @@ RUN_KERNELS := $(KERNELS)/bin/python
 DEEPSPEED := .deepspeed
 # The site is built from the sources as they stand, without importing them.
 SITE := .venv-site
-
 # llama.cpp is built from the source distribution of llama-cpp-python, once.
 LLAMA := .venv-llama
 RUN_LLAMA := $(LLAMA)/bin/python

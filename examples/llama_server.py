@@ -3,9 +3,9 @@ r"""Tuned states in llama-server: two tasks on one server, without PyTorch where
     make llama  # builds llama.cpp, which takes some minutes, and runs its tests
     .venv-llama/bin/python examples/llama_server.py --llama_cpp .venv-llama/src/vendor/llama.cpp
 
-The two adapters of the quickstart are trained on the tiny model, unless they are there from a run of it, and written as
-slots that started from their states and have decoded the BOS. llama-server runs the model's GGUF. Before each prompt the
-slot of its task is restored. All of this is compared with what transformers answers with the same adapters.
+The two adapters of the quickstart are trained on the tiny model, unless they are there from a run of it, and written
+as slots that started from their states and have decoded the BOS. llama-server runs the model's GGUF. Before each prompt
+the slot of its task is restored. The answers are compared with those of transformers with the same adapters.
 """
 
 import argparse
