@@ -143,7 +143,7 @@ def main() -> None:
     model.load_adapter(folder / TASKS[1], adapter_name=TASKS[1])
     for task in TASKS:
         slot = folder / f"{task}.slot"
-        write_slot(model, gguf, slot, adapter_name=task, cache=CACHE)
+        write_slot(model, gguf, slot, adapter_name=task, cache=CACHE, overwrite=True)
         found = verify(slot, model, gguf, adapter_name=task, cache=CACHE)
         print(f"{slot}: changes logits by {found.effect:.2f}, as in transformers but for {found.error:.0e} of that.")
 

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
@@ -27,6 +26,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from ..files import check_place, new_file
 from .states import Start, read_start
 
 LLAMA_CPP_PYTHON = "0.3.36"
@@ -195,18 +195,19 @@ def state_data(
     *,
     adapter_name: str | None = None,
     streams: int = 1,
-    **kwargs: Any,
+    **options: Any,
 ) -> bytes:
     """The state of a sequence without a token, as `llama_state_seq_set_data` takes it. See `set_state`.
 
     Args:
-        adapter: a live model with S0 adapters, or folder or Hub id of a saved adapter. A live model's weights are
-            compared with those of the GGUF, too.
+        adapter: a live model with S0 adapters, or folder or Hub id of a saved adapter, for which the base model's
+            config is read. A live model's weights are compared with those of the GGUF, too.
         gguf: the model that will start from it; of a split one, the first part.
         adapter_name: which adapter of a live model; None: the active one.
         streams: number of streams of the context's cache: 1 if it serves one sequence or is unified (`kv_unified`),
             else `n_seq_max`.
-        kwargs: `subfolder`, `revision`, `token` and the like, for the Hub.
+        options: for a saved adapter, `base_model` (the model, its folder or Hub id; else the one that the adapter
+            names), `trust_remote_code`, and `subfolder`, `revision`, `token` and the like, for the Hub.
 
     Raises:
         ImportError: without the `gguf` library.
@@ -216,7 +217,7 @@ def state_data(
     """
     layout = read_layout(gguf)
     return struct.pack("<Ii", _DATA_MAGIC, 0) + _sequence(
-        layout, _start(layout, adapter, adapter_name, kwargs), streams
+        layout, _start(layout, adapter, adapter_name, options), streams
     )
 
 
@@ -227,7 +228,8 @@ def write_state(
     *,
     adapter_name: str | None = None,
     streams: int = 1,
-    **kwargs: Any,
+    overwrite: bool = False,
+    **options: Any,
 ) -> Path:
     """Write the state of a sequence without a token, as `llama_state_seq_load_file` reads it.
 
@@ -239,19 +241,22 @@ def write_state(
         file: what to write, in one step: whenever the process ends, the old file is there or the new one.
         adapter_name: see `state_data`.
         streams: see `state_data`.
-        kwargs: see `state_data`.
+        overwrite: replace a file that is there.
+        options: see `state_data`.
 
     Returns:
         The file.
 
     Raises:
+        FileExistsError: if the file exists and may not be replaced.
         ImportError: see `state_data`.
         TypeError: see `state_data`.
         ValueError: see `state_data`.
     """
+    check_place(file, overwrite)
     layout = read_layout(gguf)
-    data = _sequence(layout, _start(layout, adapter, adapter_name, kwargs), streams)
-    with _replacing(file) as temporary:
+    data = _sequence(layout, _start(layout, adapter, adapter_name, options), streams)
+    with new_file(file, overwrite) as temporary:
         temporary.write_bytes(struct.pack("<3I", _FILE_MAGIC, STATE_VERSION, 0) + data)
     return Path(file)
 
@@ -264,8 +269,9 @@ def write_slot(
     *,
     adapter_name: str | None = None,
     cache: CacheSettings | None = None,
+    overwrite: bool = False,
     check_version: bool = True,
-    **kwargs: Any,
+    **options: Any,
 ) -> list[int]:
     """Write a slot of llama-server that started from the adapter and has decoded a prefix.
 
@@ -279,27 +285,30 @@ def write_slot(
         prefix: tokens, or text in which special tokens are read as such; None: the tokenizer's BOS.
         adapter_name: see `state_data`.
         cache: the server's settings; None: its defaults.
+        overwrite: replace a file that is there.
         check_version: whether to refuse versions of llama-cpp-python that are not tested.
-        kwargs: see `state_data`.
+        options: see `state_data`.
 
     Returns:
         The tokens of the prefix.
 
     Raises:
+        FileExistsError: if the file exists and may not be replaced.
         ImportError: without the `gguf` library or llama-cpp-python.
         TypeError: see `state_data`.
         ValueError: see `state_data`; also for an empty prefix, None where there is no BOS, tokens outside of the
             vocabulary, unknown cache types, and versions that are not tested.
         RuntimeError: if llama.cpp fails, with its own message.
     """
+    check_place(file, overwrite)
     library = _library(check_version)
-    data = state_data(adapter, gguf, adapter_name=adapter_name, **kwargs)
+    data = state_data(adapter, gguf, adapter_name=adapter_name, **options)
     with _Engine(library, gguf, cache or CacheSettings()) as engine:
         tokens = engine.prefix(prefix)
         engine.make_context(len(tokens))
         set_state(engine.context, data, check_version=check_version)
         engine.decode(tokens, 0)
-        with _replacing(file) as temporary:
+        with new_file(file, overwrite) as temporary:
             engine.save(temporary, tokens)
     return tokens
 
@@ -442,25 +451,26 @@ def _vector(tensors: dict[str, Any], name: str, file: Path) -> Tensor:
 
 
 def _start(layout: Layout, adapter: PeftModel | str | Path, adapter_name: str | None, options: dict[str, Any]) -> Start:
-    """An adapter's states, checked against what can be known of its model and of the GGUF's."""
-    start = read_start(adapter, layout.shape, adapter_name, **options)
+    """An adapter's states, with its model compared with the GGUF's."""
+    start = read_start(adapter, adapter_name, **options)
     name, attribute = _MODELS[layout.architecture]
-    known = start.model_class
-    if start.attributes != {attribute} or (known and not re.match(f"{name}(?!Moe)[A-Z]", known)):
+    advice = "Use the GGUF of the base model that the adapter was trained on."
+    if start.attributes != {attribute} or not re.match(f"{name}(?!Moe)[A-Z]", start.model_class):
         raise ValueError(
-            f"{start.source} is of a {known or 'model'} whose recurrent mixers are called "
-            f"{', '.join(sorted(start.attributes))}; '{layout.file}' is a {layout.architecture}, that is {name}, with "
-            f"{attribute}. Export to the base model that the adapter was trained on."
+            f"{start.source} is for a {start.model_class} with mixers called {', '.join(sorted(start.attributes))}; "
+            f"'{layout.file}' is a {layout.architecture}, that is {name}, with {attribute}. {advice}"
         )
-    outside = sorted(set(start.states) - set(layout.recurrent))
-    missing = sorted(set(layout.recurrent) - start.covers) if start.covers is not None else []
-    surplus = sorted(start.covers - set(layout.recurrent)) if start.covers is not None else []
-    if outside or missing or surplus:
+    if tuple(sorted(start.mixers)) != layout.recurrent:
         raise ValueError(
-            f"{start.source} is not of the model in '{layout.file}': its recurrent layers are "
-            f"{sorted(start.covers or start.states)}, those of the GGUF {list(layout.recurrent)}. Export to the base "
-            "model that the adapter was trained on."
+            f"The recurrent layers of {start.source} are {sorted(start.mixers)}, those of '{layout.file}' "
+            f"{list(layout.recurrent)}. {advice}"
         )
+    for index, state in start.states.items():
+        if tuple(state.shape) != layout.shape:
+            raise ValueError(
+                f"The state of layer {index} of {start.source} has shape {list(state.shape)}, expected "
+                f"{list(layout.shape)} for '{layout.file}'. {advice}"
+            )
     for index, mixer in start.mixers.items():
         _check_weights(layout, index, mixer)
     return start
@@ -470,7 +480,7 @@ def _check_weights(layout: Layout, index: int, mixer: nn.Module) -> None:
     """Compare a mixer with its GGUF: this tells another model of the same size, and another order of heads."""
     bias, decay = mixer.get_parameter("dt_bias").detach(), mixer.get_parameter("A_log").detach()
     if bias.is_meta or decay.is_meta:
-        return  # offloaded
+        return  # offloaded, or not there at all
     own = {"dt_bias": bias.float().cpu(), "-exp(A_log)": -decay.float().cpu().exp()}
     for (name, weight), found in zip(own.items(), layout.weights[index], strict=True):
         expected = layout.order_heads(weight)
@@ -516,17 +526,6 @@ def _prefix_of(file: str | Path) -> list[int]:
             f"'{file}' is no state of a sequence of version {STATE_VERSION} (magic {magic:#x}, version {version})."
         )
     return list(struct.unpack(f"<{count}i", tokens))
-
-
-@contextmanager
-def _replacing(file: str | Path) -> Iterator[Path]:
-    """A path to write to, which takes the file's place at the end unless there was an error."""
-    target = Path(file)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=target.parent, prefix=".saving-") as folder:
-        temporary = Path(folder) / target.name
-        yield temporary
-        temporary.replace(target)
 
 
 def _transformers_logits(

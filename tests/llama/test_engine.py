@@ -256,6 +256,18 @@ def test_cache_types(make_case: MakeCase, tmp_path: Path) -> None:
         write_slot(case.tuned.model, case.gguf, tmp_path / "task.slot", [1], cache=CacheSettings(type_k="float"))
 
 
+def test_a_slot_that_is_there(make_case: MakeCase, tmp_path: Path) -> None:
+    case = make_case("mamba2")
+    file = tmp_path / "task.slot"
+    write_slot(case.tuned.model, case.gguf, file, [1])
+    before = file.read_bytes()
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        write_slot(case.tuned.model, case.gguf, file, [1, 2])
+    assert file.read_bytes() == before
+    write_slot(case.tuned.model, case.gguf, file, [1, 2], overwrite=True)
+    assert file.read_bytes() != before
+
+
 def test_versions(make_case: MakeCase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case("mamba2")
     data = state_data(case.tuned.model, case.gguf)

@@ -81,6 +81,8 @@ def test_bytes(case: Case) -> None:
         {"rank": 2, "init_weights": False},
         {"layers_to_transform": [2]},
         {"train_alpha": 5.0, "alpha": 0.07},
+        {"alpha_pattern": {"layers.1.linear_attn": 2.0}},
+        {"learn_alpha": True},
     ],
     ids=str,
 )
@@ -88,8 +90,9 @@ def test_saved_is_live(config: dict[str, Any], make_case: MakeCase, tmp_path: Pa
     case = make_case("qwen3_5", **config)
     case.tuned.model.save_pretrained(tmp_path / "adapter")
     live = state_data(case.tuned.model, case.gguf)
-    assert state_data(tmp_path / "adapter", case.gguf) == live
-    file = write_state(str(tmp_path / "adapter"), case.gguf, tmp_path / "new" / "task.state")
+    base = {"base_model": case.tuned.base}
+    assert state_data(tmp_path / "adapter", case.gguf, **base) == live
+    file = write_state(str(tmp_path / "adapter"), case.gguf, tmp_path / "new" / "task.state", **base)
     header = struct.pack("<3I", 0x67677371, 3, 0)
     assert file.read_bytes() == header + live[8:]
     assert [path.name for path in file.parent.iterdir()] == ["task.state"]
@@ -127,6 +130,8 @@ def test_the_old_file_stays_if_writing_fails(
 
     monkeypatch.setattr(Path, "write_bytes", fail)
     with pytest.raises(OSError, match="no space left"):
+        write_state(case.tuned.model, case.gguf, file, overwrite=True)
+    with pytest.raises(FileExistsError, match="Choose another name, or replace it with overwrite=True"):
         write_state(case.tuned.model, case.gguf, file)
     assert file.read_bytes() == before
     assert list(tmp_path.iterdir()) == [file]
@@ -145,14 +150,18 @@ def test_adapters_that_are_more_than_states(make_case: MakeCase, tmp_path: Path)
     case = make_case("falcon_h1", modules_to_save=["lm_head"])
     refuses("has modules_to_save", case.tuned.model, case.gguf, tmp_path)
     case.tuned.model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-    refuses("has modules_to_save", tmp_path / "adapter", case.gguf, tmp_path)
+    refuses("has modules_to_save", tmp_path / "adapter", case.gguf, tmp_path, base_model=case.tuned.base)
+    refuses("adapter_name='other' is for a live model", tmp_path / "adapter", case.gguf, tmp_path, adapter_name="other")
+    with pytest.raises(TypeError, match=r"\['subfolder'\] are for a saved adapter"):
+        state_data(case.tuned.model, case.gguf, subfolder="x")
 
 
 def test_adapters_of_another_kind(make_case: MakeCase, tmp_path: Path) -> None:
     case = make_case("falcon_h1")
-    case.tuned.model.peft_config["default"].variant = "elsewhere"
-    refuses("has variant 'elsewhere'. Only 'initial'", case.tuned.model, case.gguf, tmp_path)
-    lora = get_peft_model(ROWS["falcon_h1"].build(), LoraConfig(target_modules=["q_proj"]))
+    for variant in ("offset", "both"):
+        other = tune(case.tuned.architecture, variant=variant)
+        refuses(f"has variant '{variant}'. Only 'initial'", other.model, case.gguf, tmp_path)
+    lora = get_peft_model(ROWS["falcon_h1"].build(), LoraConfig(target_modules=["q_proj"])).eval()
     refuses("no S0 adapter 'default'", lora, case.gguf, tmp_path)
     with pytest.raises(TypeError, match="got FalconH1ForCausalLM"):
         state_data(case.tuned.base, case.gguf)
@@ -189,23 +198,38 @@ def test_a_model_in_bfloat16_is_the_same(make_case: MakeCase) -> None:
     assert state_data(case.tuned.model.to(torch.bfloat16), case.gguf) == data
 
 
-def test_other_shapes(make_case: MakeCase, ggufs: dict[str, Path], tmp_path: Path) -> None:
-    case = make_case("falcon_h1")
-    case.tuned.model.save_pretrained(tmp_path / "adapter")
-    refuses(
-        r"the state '.*' has shape \[4, 16, 16\], expected \[4, 32, 16\]", case.tuned.model, ggufs["mamba2"], tmp_path
-    )
-    refuses(r"has shape \[4, 16, 16\], expected \[4, 32, 16\]", tmp_path / "adapter", ggufs["mamba2"], tmp_path)
+def saved(model: PeftModel, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_other_shapes(ggufs: dict[str, Path], tmp_path: Path) -> None:
+    def config() -> Any:
+        made = ROWS["mamba2"].config()
+        made.num_heads, made.head_dim = 8, 16
+        return made
+
+    tuned = tune(dataclasses.replace(ROWS["mamba2"], config=config))
+    message = r"state of layer 0 of .* has shape \[8, 16, 16\], expected \[4, 32, 16\] for '.*mamba2.gguf'"
+    refuses(message, tuned.model, ggufs["mamba2"], tmp_path)
+    refuses(message, saved(tuned.model, tmp_path / "adapter"), ggufs["mamba2"], tmp_path, base_model=tuned.base)
 
 
 def test_other_models_with_states_of_the_same_shape(
     make_case: MakeCase, ggufs: dict[str, Path], tmp_path: Path
 ) -> None:
     case = make_case("qwen3_next")
-    case.tuned.model.save_pretrained(tmp_path / "adapter")
-    for adapter in (case.tuned.model, tmp_path / "adapter"):
-        refuses("of a Qwen3NextForCausalLM .* is a qwen35, that is Qwen3_5, with", adapter, ggufs["qwen3_5"], tmp_path)
-    refuses("is a falcon-h1, that is FalconH1, with mamba", tmp_path / "adapter", ggufs["falcon_h1"], tmp_path)
+    message = "for a Qwen3NextForCausalLM .* is a qwen35, that is Qwen3_5, with"
+    refuses(message, case.tuned.model, ggufs["qwen3_5"], tmp_path)
+    adapter = saved(case.tuned.model, tmp_path / "adapter")
+    refuses(message, adapter, ggufs["qwen3_5"], tmp_path, base_model=case.tuned.base)
+    message = (
+        "for a Qwen3NextForCausalLM with mixers called linear_attn; .* is a falcon-h1, that is FalconH1, with mamba"
+    )
+    refuses(message, adapter, ggufs["falcon_h1"], tmp_path, base_model=case.tuned.base)
+    # All that is told apart by an optional part of the name.
+    refuses("is a qwen35moe, that is Qwen3_5Moe", make_case("qwen3_5").tuned.model, ggufs["qwen3_5_moe"], tmp_path)
+    refuses("is a qwen35, that is Qwen3_5, with", make_case("qwen3_5_moe").tuned.model, ggufs["qwen3_5"], tmp_path)
 
 
 def test_other_layers(ggufs: dict[str, Path], tmp_path: Path) -> None:
@@ -216,20 +240,13 @@ def test_other_layers(ggufs: dict[str, Path], tmp_path: Path) -> None:
         return config
 
     row = dataclasses.replace(ROWS["qwen3_5"], config=longer)
-    message = r"recurrent layers are \[0, 1, 2, 3\], those of the GGUF \[0, 1, 2\]"
+    message = r"recurrent layers of .* are \[0, 1, 2, 3\], those of '.*' \[0, 1, 2\]"
     tuned = tune(row)
     refuses(message, tuned.model, ggufs["qwen3_5"], tmp_path)
-    tuned.model.save_pretrained(tmp_path / "adapter")
-    refuses(message, tmp_path / "adapter", ggufs["qwen3_5"], tmp_path)
-    # An adapter that tunes a part of its model's layers says nothing of the others.
+    refuses(message, saved(tuned.model, tmp_path / "adapter"), ggufs["qwen3_5"], tmp_path, base_model=tuned.base)
+    # Also of an adapter that tunes layers alone that are there.
     part = tune(row, layers_to_transform=[1])
-    part.model.save_pretrained(tmp_path / "part")
-    write_state(tmp_path / "part", ggufs["qwen3_5"], tmp_path / "part.state")
-    wrong = tune(row, layers_to_transform=[3])
-    wrong.model.save_pretrained(tmp_path / "wrong")
-    refuses(
-        r"recurrent layers are \[3\], those of the GGUF \[0, 1, 2\]", tmp_path / "wrong", ggufs["qwen3_5"], tmp_path
-    )
+    refuses(message, saved(part.model, tmp_path / "part"), ggufs["qwen3_5"], tmp_path, base_model=tuned.base)
 
 
 @pytest.mark.parametrize("streams", [0, True, 1.0])
