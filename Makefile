@@ -9,13 +9,17 @@ RUN_KERNELS := $(KERNELS)/bin/python
 DEEPSPEED := .deepspeed
 # The site is built from the sources as they stand, without importing them.
 SITE := .venv-site
+# llama.cpp is built from the source distribution of llama-cpp-python, once.
+LLAMA := .venv-llama
+RUN_LLAMA := $(LLAMA)/bin/python
+LLAMA_CPP := $(LLAMA)/src/vendor/llama.cpp
 
-.PHONY: quickstart test lint kernels site deepspeed
+.PHONY: quickstart test lint kernels site deepspeed llama
 
 quickstart: $(VENV)/examples
 	$(RUN) examples/quickstart.py
 
-test: $(VENV)/dev $(DEEPSPEED)/installed lint site kernels
+test: $(VENV)/dev $(DEEPSPEED)/installed lint site kernels llama
 	$(RUN) -m pytest -n 2
 
 kernels: $(KERNELS)/kernels
@@ -26,6 +30,9 @@ deepspeed: $(DEEPSPEED)/installed
 
 site: $(SITE)/site
 	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/python -m mkdocs build --quiet --strict
+
+llama: $(LLAMA)/llama
+	LLAMA_CPP=$(abspath $(LLAMA_CPP)) $(RUN_LLAMA) -m pytest tests/llama
 
 lint: $(VENV)/dev
 	$(RUN) -m ruff check .
@@ -57,4 +64,28 @@ $(SITE)/site: constraints.txt
 $(DEEPSPEED)/installed: $(VENV)/dev
 	$(RUN) -m pip install --quiet --target $(DEEPSPEED) --upgrade --no-build-isolation --no-deps \
 		--constraint constraints.txt deepspeed einops hjson msgpack py-cpuinfo
+	touch $@
+
+$(LLAMA)/llama: pyproject.toml constraints.txt $(LLAMA)/built
+	$(RUN_LLAMA) -m pip install --quiet --constraint constraints.txt --constraint constraints-llama.txt \
+		--editable ".[examples,llama]" pytest pytest-timeout pytest-xdist hypothesis
+	touch $@
+
+# For any CPU and without what tests have no use for; -O1, since compiling is what takes time here. The Python package is
+# installed without a build of its own.
+$(LLAMA)/built: constraints-llama.txt
+	test -x $(RUN_LLAMA) || $(PYTHON) -m venv $(LLAMA)
+	$(RUN_LLAMA) -m pip install --quiet --constraint constraints-llama.txt cmake
+	rm -rf $(LLAMA)/src
+	mkdir $(LLAMA)/src
+	$(RUN_LLAMA) -m pip download --quiet --no-deps --no-binary llama-cpp-python --constraint constraints-llama.txt \
+		--dest $(LLAMA)/src llama-cpp-python
+	tar xzf $(LLAMA)/src/llama_cpp_python-*.tar.gz --strip-components 1 --directory $(LLAMA)/src
+	$(LLAMA)/bin/cmake -S $(LLAMA_CPP) -B $(LLAMA_CPP)/build --log-level=WARNING -DCMAKE_BUILD_TYPE=Release \
+		-DCMAKE_C_FLAGS_RELEASE=-O1 -DCMAKE_CXX_FLAGS_RELEASE=-O1 -DGGML_NATIVE=OFF -DGGML_OPENMP=OFF \
+		-DLLAMA_OPENSSL=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF
+	$(LLAMA)/bin/cmake --build $(LLAMA_CPP)/build --target llama-server --parallel 2
+	CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" $(RUN_LLAMA) -m pip install --quiet $(LLAMA)/src
+	ln -sfn $(abspath $(LLAMA_CPP))/build/bin \
+		"$$($(RUN_LLAMA) -c "import sysconfig; print(sysconfig.get_path('purelib'))")/llama_cpp/lib"
 	touch $@
