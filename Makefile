@@ -19,7 +19,7 @@ LLAMA_CPP := $(LLAMA)/src/vendor/llama.cpp
 quickstart: $(VENV)/examples
 	$(RUN) examples/quickstart.py
 
-test: $(VENV)/dev $(DEEPSPEED)/installed lint site kernels llama
+test: $(VENV)/dev $(DEEPSPEED)/installed lint site kernels
 	$(RUN) -m pytest -n 2
 
 kernels: $(KERNELS)/kernels
