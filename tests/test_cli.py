@@ -7,8 +7,13 @@ import json
 import math
 import os
 import re
+import shutil
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -87,6 +92,9 @@ def states_of(folder: Path) -> dict[str, torch.Tensor]:
 def test_help_is_there_before_torch_is_imported() -> None:
     script = """
 import sys
+import time
+import urllib.error
+import urllib.request
 from peft_s0_cli import main
 sys.argv = ["peft-s0", "--help"]
 try:
@@ -520,6 +528,58 @@ def test_a_tool_that_loads_an_adapter_by_itself(tiny: Path, tmp_path: Path) -> N
     assert (fork, spawn) == ("fork True", "spawn False")
 
 
+@pytest.mark.timeout(600)
+def test_the_server_of_transformers(tiny: Path, tmp_path: Path) -> None:
+    """`transformers serve` answers with the adapter; without `run` it knows no S0."""
+    # It serves a folder that holds the base model's files and the adapter's together.
+    both = tmp_path / "both"
+    for part in ("base", "adapter"):
+        shutil.copytree(tiny / part, both, dirs_exist_ok=True)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    options = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32", str(both)]
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "peft_s0", "run", "-m", "transformers.cli.transformers", "serve", *options],
+            cwd=tmp_path,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "HF_HOME": str(tmp_path / "home")},
+        )
+    body = {"model": str(both), "prompt": "def f(x):", "max_tokens": 12, "temperature": 0.0}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    try:
+        text = json.loads(ask(request, server, tmp_path / "log"))["choices"][0]["text"]
+    finally:
+        server.kill()
+        server.wait()
+    tokenizer = load_tokenizer()
+    ids = tokenizer("def f(x):", return_tensors="pt").input_ids
+    expected = []
+    for model in (PeftModel.from_pretrained(load_base(), tiny / "adapter"), load_base()):
+        out = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False)
+        expected.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+    assert text == expected[0] != expected[1]
+
+
+def ask(request: urllib.request.Request, server: subprocess.Popen[Any], log: Path) -> bytes:
+    """A server's answer, once it listens."""
+    while True:
+        try:
+            with urllib.request.urlopen(request, timeout=120) as answer:
+                return answer.read()
+        except urllib.error.HTTPError as error:
+            raise AssertionError(f"{error}: {log.read_text()[-3000:]}") from error
+        except urllib.error.URLError:
+            # Not yet: it is still importing.
+            assert server.poll() is None, log.read_text()[-3000:]
+            time.sleep(0.3)
+
+
 TASK = """
 task: made
 dataset_path: json
@@ -653,6 +713,9 @@ def test_adapters_on_the_hub(tmp_path: Path) -> None:
     save_adapter(tmp_path / "low", QWEN, rank=2)
     script = """
 import sys
+import time
+import urllib.error
+import urllib.request
 from typer.testing import CliRunner
 from peft_s0_cli import app
 for line in sys.stdin.read().splitlines():
