@@ -9,8 +9,10 @@ RUN_KERNELS := $(KERNELS)/bin/python
 DEEPSPEED := .deepspeed
 # The site is built from the sources as they stand, without importing them.
 SITE := .venv-site
-# llama.cpp is built from the source distribution of llama-cpp-python, once.
+# llama.cpp is built from the source distribution of llama-cpp-python, once for each content of its constraints: its stamp
+# has no time to be renewed by.
 LLAMA := .venv-llama
+LLAMA_BUILT := $(LLAMA)/built-$(shell cksum < constraints-llama.txt | cut -d " " -f 1)
 RUN_LLAMA := $(LLAMA)/bin/python
 LLAMA_CPP := $(LLAMA)/src/vendor/llama.cpp
 
@@ -66,14 +68,14 @@ $(DEEPSPEED)/installed: $(VENV)/dev
 		--constraint constraints.txt deepspeed einops hjson msgpack py-cpuinfo
 	touch $@
 
-$(LLAMA)/llama: pyproject.toml constraints.txt $(LLAMA)/built
+$(LLAMA)/llama: pyproject.toml constraints.txt $(LLAMA_BUILT)
 	$(RUN_LLAMA) -m pip install --quiet --constraint constraints.txt --constraint constraints-llama.txt \
 		--editable ".[examples,llama]" pytest pytest-timeout pytest-xdist hypothesis
 	touch $@
 
 # For any CPU and without what tests have no use for; -O1, since compiling is what takes time here. The Python package is
 # installed without a build of its own.
-$(LLAMA)/built: constraints-llama.txt
+$(LLAMA_BUILT):
 	test -x $(RUN_LLAMA) || $(PYTHON) -m venv $(LLAMA)
 	$(RUN_LLAMA) -m pip install --quiet --constraint constraints-llama.txt cmake
 	rm -rf $(LLAMA)/src
