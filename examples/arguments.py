@@ -43,9 +43,10 @@ TINY: dict[str, Any] = {
 """What differs for the tiny model, which is there if no other is named."""
 
 
-def _bool_or_float(text: str) -> bool | float:
-    flags = {"true": True, "false": False}
-    return flags[text.lower()] if text.lower() in flags else float(text)
+def _start(text: str) -> bool | float | str:
+    """A value of init_weights."""
+    words = {"true": True, "false": False, "prompt": "prompt"}
+    return words[text.lower()] if text.lower() in words else float(text)
 
 
 def _argument_type(hint: Any) -> Any:
@@ -54,9 +55,11 @@ def _argument_type(hint: Any) -> Any:
     if get_origin(hint) is dict:
         return json.loads
     lists = [choice for choice in choices if get_origin(choice) is list]
+    if lists == [list[Any]]:
+        return str | None
     if lists:
         return lists[0] | None
-    return _bool_or_float if {bool, float} <= {*choices} else hint
+    return _start if {bool, float} <= {*choices} else hint
 
 
 _HINTS = get_type_hints(S0Config)

@@ -378,7 +378,7 @@ def test_every_field_is_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {field.name for field in dataclasses.fields(arguments.S0Arguments)} == {f"s0_{name}" for name in own}
     *_, s0 = parse(monkeypatch, "--s0_alpha", "none")
     assert s0.config() == S0Config(task_type="CAUSAL_LM")
-    values = {
+    values: dict[str, Any] = {
         "target_modules": ["mixer", "a.b"],
         "exclude_modules": ["x"],
         "layers_to_transform": [0, 2],
@@ -386,6 +386,8 @@ def test_every_field_is_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
         "modules_to_save": ["lm_head"],
         "trainable_token_indices": [1, 2],
         "init_weights": 0.5,
+        "init_prompt": None,
+        "tokenizer_name_or_path": "somebody/tokenizer",
         "alpha": 0.3,
         "alpha_pattern": {"layers.0.linear_attn": 0.5},
         "learn_alpha": False,
@@ -394,15 +396,19 @@ def test_every_field_is_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
         "l2_lambda": 0.0,
         "variant": "initial",
         "rank": 3,
+        "storage": "int8",
     }
     assert values.keys() == own
-    options = [
-        option
-        for name, value in values.items()
-        for option in (f"--s0_{name}", *map(as_option, value if isinstance(value, list) else [value]))
-    ]
-    *_, s0 = parse(monkeypatch, *options)
-    assert s0.config() == S0Config(task_type="CAUSAL_LM", **values)
+    prompt = {"init_weights": "prompt", "init_prompt": "Be brief.", "train_alpha": None, "normalize": False}
+    for given in (values, {**values, **prompt}):
+        options = [
+            option
+            for name, value in given.items()
+            if value is not None
+            for option in (f"--s0_{name}", *map(as_option, value if isinstance(value, list) else [value]))
+        ]
+        *_, s0 = parse(monkeypatch, *options)
+        assert s0.config() == S0Config(task_type="CAUSAL_LM", **given)
 
 
 @pytest.mark.parametrize(("given", "expected"), [("linear_attn", {"linear_attn"}), (r".*\.mamba", r".*\.mamba")])
