@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from architectures import ARCHITECTURES, Architecture, mixers
-from conftest import Tuned, tune
 from peft import PeftModel, get_base_model_state_dict, get_peft_model, set_base_model_state_dict
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.tuners_utils import BaseTuner
 from test_law import left_pad
 from torch import nn
+from tuned import Tuned, tune
 
 from peft_s0 import S0Config, recurrent_layers
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import ARCHITECTURES, Architecture
-from conftest import Tuned, tune
 from peft import PeftModel, get_peft_model
 from reference import with_slow_mixers
 from test_classes import IDS, Family, hidden
 from torch import Tensor
+from tuned import Tuned, tune
 
 from peft_s0 import S0Config, S0Layer, StateBank
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from architectures import ARCHITECTURES, MAIN, Architecture, mixers
-from conftest import Tuned, states_of, tune
 from peft import get_peft_model
 from reference import with_slow_mixers
 from torch.nn import functional
+from tuned import Tuned, states_of, tune
 
 from peft_s0 import S0Config, analysis
 

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import ARCHITECTURES, Architecture
-from conftest import tune
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_errors import BAD_FILES, change_states
 from test_law import left_pad
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from tuned import tune
 
 from peft_s0 import S0Config, S0Layer, StateBank
 

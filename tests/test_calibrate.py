@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from architectures import ARCHITECTURES, Architecture
-from conftest import Tuned, tune
 from datasets import Dataset
 from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from trainers import mean_loss, token_rows
 from transformers import AutoModelForCausalLM
+from tuned import Tuned, tune
 
 from peft_s0 import S0Config, StateBank, calibrate_alpha
 from peft_s0.calibrate import Calibration

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from architectures import Architecture
-from conftest import tune
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from trainers import sft, token_rows, train, weights
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from tuned import tune
 
 import peft_s0
 from peft_s0 import S0Callback, S0Config

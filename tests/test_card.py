@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import Architecture
-from conftest import tune
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
+from tuned import tune
 
 from peft_s0 import S0Config, update_model_card
 

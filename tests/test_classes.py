@@ -15,7 +15,6 @@ import pytest
 import torch
 import transformers
 from architectures import ARCHITECTURES, IMAGE_TOKENS, QWEN4, VISION, Architecture, mixers
-from conftest import tune
 from peft import (
     AutoPeftModelForCausalLM,
     PeftConfig,
@@ -28,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
+from tuned import tune
 
 from peft_s0 import S0Config, S0Layer, StateBank
 from peft_s0.naming import match_names

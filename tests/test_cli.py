@@ -22,12 +22,12 @@ from typing import Any
 import pytest
 import torch
 from architectures import MAIN, Architecture
-from conftest import tune
 from hub import Hub, Repository
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_convert import contents, save
 from transformers import AutoModelForCausalLM
+from tuned import tune
 from typer.testing import CliRunner, Result
 
 from peft_s0 import S0Config

@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 from architectures import Architecture, mixers
-from conftest import Tuned, tune
 from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from test_law import left_pad, packed_arguments
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from transformers import StaticCache
+from tuned import Tuned, tune
 
 from peft_s0 import S0Config
 

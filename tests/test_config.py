@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from conftest import tune
 from peft import get_peft_model
+from tuned import tune
 
 from peft_s0 import S0Config
 

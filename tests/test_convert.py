@@ -14,7 +14,6 @@ import pytest
 import torch
 import transformers
 from architectures import ARCHITECTURES, Architecture, mixers
-from conftest import tune
 from peft import PeftModel, get_peft_model
 from peft.utils.error import NoMatchingPeftModuleError
 from reference import with_slow_mixers
@@ -22,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import DynamicCache
+from tuned import tune
 
 from peft_s0 import S0Config, convert
 from peft_s0.convert import export_rwkv, export_s0_tuning, import_rwkv, import_s0_tuning

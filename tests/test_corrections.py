@@ -10,12 +10,12 @@ import pytest
 import torch
 import transformers
 from architectures import ARCHITECTURES, COMMON, Architecture, mixers, time_step_bias
-from conftest import Tuned, states_of, tune
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from reference import with_slow_mixers
 from test_gradients import assert_equal, gradients, loss_of
 from test_law import in_chunks, left_pad, packed_arguments
 from torch import Tensor, nn
+from tuned import Tuned, states_of, tune
 
 from peft_s0 import S0Config
 

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 from architectures import ARCHITECTURES, MAIN, Architecture
-from conftest import Tuned, tune
 from peft import inject_adapter_in_model
 from peft.tuners.tuners_utils import set_adapter
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from tuned import Tuned, tune
 
 from peft_s0 import S0Config, S0Layer
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from architectures import Architecture
-from conftest import Tuned, tune
 from peft import (
     PeftModel,
     get_peft_model,
@@ -21,6 +20,7 @@ from peft import (
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from tuned import Tuned, tune
 
 from peft_s0 import S0Config
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 from architectures import ARCHITECTURES, MAIN, Architecture
-from conftest import Tuned
 from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING
+from tuned import Tuned
 
 from peft_s0 import registered_mixers
 

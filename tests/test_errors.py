@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import ARCHITECTURES, Architecture
-from conftest import Tuned, tune
 from peft import (
     LoraConfig,
     PeftModel,
@@ -24,6 +23,7 @@ from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotsw
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Lfm2Config, Lfm2ForCausalLM, LlamaConfig, LlamaForCausalLM
+from tuned import Tuned, tune
 
 from peft_s0 import S0Config
 from peft_s0._versions import require_transformers

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from architectures import ARCHITECTURES, Architecture
-from conftest import Tuned, offsets_of, states_of, tune
 from reference import with_slow_mixers
 from test_law import left_pad, packed_arguments
 from torch import Tensor
 from torch.nn import functional as F
+from tuned import Tuned, offsets_of, states_of, tune
 
 
 @pytest.fixture(params=ARCHITECTURES, ids=lambda architecture: architecture.name)

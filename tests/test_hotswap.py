@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import ARCHITECTURES, Architecture
-from conftest import Tuned, tune
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 from test_bank import put_on_hub
 from test_errors import BAD_FILES, change_states
 from torch import Tensor
+from tuned import Tuned, tune
 
 from peft_s0 import S0Config
 

@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 from architectures import Architecture
-from conftest import Tuned, tune
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 from trainers import copies, logged, mean_loss, sft, states, token_rows, twin, weights
 from transformers import TrainerCallback
 from trl import SFTTrainer
+from tuned import Tuned, tune
 
 from peft_s0 import S0Callback, S0Config
 

@@ -10,11 +10,11 @@ import copy
 import pytest
 import torch
 from architectures import ARCHITECTURES, Architecture, mixers, output_projection
-from conftest import Tuned, tune
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import StaticCache
+from tuned import Tuned, tune
 
 
 @pytest.fixture(params=ARCHITECTURES, ids=lambda architecture: architecture.name)

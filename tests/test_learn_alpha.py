@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed
 from architectures import ARCHITECTURES, Architecture
-from conftest import Tuned, tune
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from reference import with_slow_mixers
 from safetensors.torch import load_file
@@ -25,6 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from trainers import ARGUMENTS, sft, token_rows, tokenizer, train
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer
+from tuned import Tuned, tune
 
 from peft_s0 import S0Callback, S0Config, StateBank, calibrate_alpha
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from architectures import ARCHITECTURES, LEAKS, NGRAMS, mixers
-from conftest import tune
 from test_law import packed_arguments
+from tuned import tune
 
 
 @pytest.mark.parametrize(

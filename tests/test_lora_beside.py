@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from architectures import MAIN, Architecture
-from conftest import Tuned, states_of, tune
 from peft import (
     LoraConfig,
     PeftModel,
@@ -26,6 +25,7 @@ from safetensors.torch import load_file
 from test_law import left_pad
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from tuned import Tuned, states_of, tune
 
 from peft_s0 import S0Config, S0Layer
 

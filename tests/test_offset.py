@@ -20,7 +20,6 @@ import test_rows
 import test_storage
 import torch
 from architectures import ARCHITECTURES, MAIN, Architecture, mixers
-from conftest import Tuned, offsets_of, states_of, tune
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from reference import GatedDeltaRule, Mamba2, with_slow_mixers
 from safetensors.torch import load_file
@@ -31,6 +30,7 @@ from test_law import in_chunks, left_pad, packed_arguments
 from test_training import LAMBDA, difference, penalised, step_of
 from trainers import weights
 from transformers import DynamicCache, TrainerControl, TrainerState, TrainingArguments
+from tuned import Tuned, offsets_of, states_of, tune
 
 from peft_s0 import S0Callback, S0Config, StateBank
 

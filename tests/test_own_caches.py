@@ -8,12 +8,12 @@ import pytest
 import torch
 import transformers
 from architectures import ARCHITECTURES, Architecture, mixers
-from conftest import Tuned, tune
 from test_law import in_chunks, left_pad, packed_arguments
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.models.minimax.modeling_minimax import MiniMaxCache
 from transformers.models.xlstm.modeling_xlstm import xLSTMCache
+from tuned import Tuned, tune
 
 from peft_s0 import S0Config
 

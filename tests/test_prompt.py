@@ -11,12 +11,12 @@ import pytest
 import torch
 import transformers
 from architectures import ARCHITECTURES, MAIN, Architecture, mixers
-from conftest import states_of, tune
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from reference import with_slow_mixers
 from torch import Tensor
 from transformers import PreTrainedModel
+from tuned import states_of, tune
 
 from peft_s0 import S0Config, S0Layer, state_from_prompt
 from peft_s0.layer import InitialState

@@ -18,7 +18,6 @@ import pytest
 import torch
 import transformers
 from architectures import ATTENTION, COMMON, GATED_DELTA_NET, MAMBA, Architecture, mixers
-from conftest import Tuned, states_of
 from datasets import Dataset
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from reference import with_slow_mixers
@@ -27,6 +26,7 @@ from torch import nn
 from trainers import tokenizer, weights
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 from trl import SFTConfig, SFTTrainer
+from tuned import Tuned, states_of
 
 from peft_s0 import S0Config
 

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from architectures import Architecture
-from conftest import tune
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 from trainers import ARGUMENTS, logged, tokenizer, train, twin, words
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from tuned import tune
 
 from peft_s0 import S0Config
 

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from architectures import ARCHITECTURES, Architecture
-from conftest import Tuned, tune
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils import AuxiliaryTrainingWrapper
 from test_law import left_pad, packed_arguments
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LogitsProcessor, LogitsProcessorList
+from tuned import Tuned, tune
 
 from peft_s0 import S0Config, S0Layer
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import MAIN, Architecture
-from conftest import Tuned, states_of, tune
 from peft import (
     AutoPeftModelForCausalLM,
     LoraConfig,
@@ -29,6 +28,7 @@ from test_errors import change_states, untouched
 from torch import Tensor, nn
 from trainers import logged, sft, states, weights
 from transformers import AutoModelForCausalLM
+from tuned import Tuned, states_of, tune
 
 from peft_s0 import S0Config, S0Layer, StateBank, compress_adapter, recurrent_layers
 from peft_s0.storage import BLOCK, decode, encode

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import ARCHITECTURES, MAIN, Architecture
-from conftest import states_of
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from tuned import states_of
 
 from peft_s0 import S0Config, analysis, soup, soups
 from peft_s0.config import load_config

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import MAIN, Architecture
-from conftest import Tuned, tune
 from peft import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
@@ -27,6 +26,7 @@ from peft import (
 from peft.helpers import check_if_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from tuned import Tuned, tune
 
 from peft_s0 import S0Config, S0Layer
 

@@ -17,12 +17,12 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from architectures import Architecture
-from conftest import Tuned, tune
 from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from trainers import ARGUMENTS, copies, states, token_rows, weights
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from tuned import Tuned, tune
 
 from peft_s0 import S0Callback, S0Config
 from peft_s0.layer import InitialState

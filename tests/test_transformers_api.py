@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import Architecture, mixers
-from conftest import Tuned, tune
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, pipeline
+from tuned import Tuned, tune
 
 from peft_s0 import S0Config
 

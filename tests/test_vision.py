@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from architectures import ARCHITECTURES
-from conftest import Tuned, tune
 from torch import Tensor
+from tuned import Tuned, tune
 
 ROWS = [row for row in ARCHITECTURES if row.name.endswith(("_vl", "_omni"))]
 

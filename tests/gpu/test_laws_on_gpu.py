@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import architectures
 import reference
-from conftest import Tuned, tune
 from test_law import in_chunks, left_pad, packed_arguments
 from torch import Tensor
+from tuned import Tuned, tune
 
 DEVICE = os.environ.get("S0_TEST_DEVICE", "cuda")
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2}

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import ARCHITECTURES
-from conftest import tune
 from transformers import DynamicCache
+from tuned import tune
 
 # A process without the interpreter: what a user meets who installed fla on a machine without a GPU.
 WITHOUT_INTERPRETER = """
 from architectures import ARCHITECTURES
-from conftest import tune
+from tuned import tune
 
 tuned = tune(next(row for row in ARCHITECTURES if row.name == "qwen3_5"))
 ids = tuned.ids(1, 5)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 from architectures import ARCHITECTURES, Architecture, mixers, output_projection
-from conftest import Tuned, tune
 from reference import SlowMixer
 from test_gradients import assert_equal, gradients, loss_of, reference_gradients, squares_of
 from test_law import in_chunks, left_pad, packed_arguments
+from tuned import Tuned, tune
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ os.environ["GGML_NO_BACKTRACE"] = "1"
 
 import pytest
 from architectures import ARCHITECTURES, Architecture
-from conftest import Tuned, tune
+from tuned import Tuned, tune
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"

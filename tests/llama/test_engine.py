@@ -12,8 +12,8 @@ from typing import Any
 import llama_cpp
 import pytest
 import torch
-from conftest import Tuned, tune
 from torch import Tensor
+from tuned import Tuned, tune
 
 from llama.conftest import NAMES, ROWS, Case
 from peft_s0.export.llama_cpp import (

@@ -13,9 +13,9 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import states_of, tune
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
+from tuned import states_of, tune
 
 from llama.conftest import NAMES, ROWS, Case
 from peft_s0 import S0Config
