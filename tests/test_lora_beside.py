@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from architectures import MAIN, Architecture
+from architectures import Architecture
 from peft import (
     LoraConfig,
     PeftModel,
@@ -24,7 +22,7 @@ from reference import with_slow_mixers
 from safetensors.torch import load_file
 from test_law import left_pad
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from tuned import Tuned, states_of, tune
 
 from peft_s0 import S0Config, S0Layer
@@ -268,20 +266,3 @@ def test_switching_one_leaves_the_other(both: Both) -> None:
     assert torch.equal(both.logits(), expected)
     both.s0.delete_adapter("second")
     assert torch.equal(both.logits(), expected)
-
-
-def test_the_documented_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (Path(__file__).parents[1] / "docs" / "peft.md").read_text()
-    script = next(block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "LoraConfig(" in block)
-    MAIN[0].build().save_pretrained(tmp_path / "base")
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {
-        "AutoModelForCausalLM": AutoModelForCausalLM,
-        "LoraConfig": LoraConfig,
-        "PeftModel": PeftModel,
-        "S0Config": S0Config,
-        "get_peft_model": get_peft_model,
-    }
-    exec(script.replace("Qwen/Qwen3.5-4B", "base"), names)
-    assert not any(isinstance(module, LoraLayer) for module in names["model"].modules())
-    assert len(states_of(names["states"])) == MAIN[0].states
