@@ -47,7 +47,7 @@ def left_pad(rows: list[Tensor], side: str = "left") -> tuple[Tensor, Tensor, Te
 def in_chunks(tuned: Tuned, ids: Tensor, ends: list[int], cache=None, mask=None, positions=None) -> Tensor:
     """Logits of a sequence that reaches the model in several calls on one cache."""
     cache = tuned.architecture.make_cache(tuned.model.config, len(ids)) if cache is None else cache
-    positions = torch.arange(ids.shape[1]).expand_as(ids) if positions is None else positions
+    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids) if positions is None else positions
     logits, start = [], 0
     for end in ends:
         call = {tuned.architecture.cache: cache, "position_ids": positions[:, start:end]}
