@@ -195,6 +195,11 @@ def refused_cast(folder: Path, architecture: str, stage: int) -> dict[str, Any]:
     return {"error": None}
 
 
+_GROUPS: list[Any] = []
+"""Process groups that outlive what used them. The last reference to a group of gloo waits for its threads and holds
+Python's lock, which a thread that lets go of a tensor just then is waiting for: both would wait for ever."""
+
+
 def example(folder: Path, architecture: str, options: list[str]) -> dict[str, Any]:
     """`examples/sft.py`, by its command line; the last run of its processes, for it parts them."""
     import sft as script
@@ -203,6 +208,8 @@ def example(folder: Path, architecture: str, options: list[str]) -> dict[str, An
     given = ["--use_cpu"] if engine.get("use_cpu", True) else ["--ddp_backend", "gloo"]
     if "accelerator_config" in engine:
         given += ["--accelerator_config", json.dumps(engine["accelerator_config"])]
+    if torch.distributed.is_initialized():
+        _GROUPS.append(torch.distributed.group.WORLD)
     with patch.object(sys, "argv", ["sft.py", "--output_dir", str(folder), *given, *options]):
         script.main()
     return {}
