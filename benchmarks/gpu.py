@@ -4,8 +4,9 @@
 
 Base, S0 and LoRA (rank 24 on the attention projections) run in turns: prefill of one long row and of a left-padded
 batch, decoding steps with 1, 8 and 32 rows, 32 rows with an adapter each, a training step of the paper's recipe (48
-solutions of 256 tokens, 4 rows at a time) with its peak memory, and a switch of task. `--small` takes small models, to
-check the program itself.
+solutions of 256 tokens, 4 rows at a time) with its peak memory, and a switch of task. For decoding steps the table says
+how many bytes a second they move, for weights and recurrent states, beside what the device's memory copies. `--small`
+takes small models, to check the program itself.
 """
 
 from __future__ import annotations
@@ -123,7 +124,30 @@ def switch(model: nn.Module) -> float:
     return 1e3 * (time.perf_counter() - start) / 100
 
 
-def rows_of(name: str, measured: str, count: int, times: dict[str, list[float]]) -> list[dict[str, object]]:
+def copy_rate(device: str) -> float:
+    """Bytes a second that the memory reads and writes in a large copy, the best of several."""
+    source = torch.empty(2**28 if torch.device(device).type == "cpu" else 2**32, dtype=torch.uint8, device=device)
+    target, best = torch.empty_like(source), float("inf")
+    for _ in range(10):
+        with clock(source.device) as elapsed:
+            target.copy_(source)
+        best = min(best, elapsed())
+    return 2 * source.nbytes / (1e-3 * best)
+
+
+@torch.no_grad()
+def moved(model: nn.Module, rows: int) -> int:
+    """Bytes that a decoding step cannot do without: each weight once, each recurrent state out of memory and back."""
+    cache = transformers.DynamicCache(config=model.config)
+    ids = torch.ones(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+    model(input_ids=ids, past_key_values=cache, use_cache=True)
+    states = [state for layer in cache.layers for state in getattr(layer, "recurrent_states", {}).values()]
+    return sum(weight.nbytes for weight in model.parameters()) + 2 * rows * sum(state.nbytes for state in states)
+
+
+def rows_of(
+    name: str, measured: str, count: int, times: dict[str, list[float]], weight: int | None = None, rate: float = 1.0
+) -> list[dict[str, object]]:
     """A row of the table for each method.
 
     Args:
@@ -131,6 +155,8 @@ def rows_of(name: str, measured: str, count: int, times: dict[str, list[float]])
         measured: what was measured.
         count: how many tokens it processes.
         times: milliseconds of each round, by method.
+        weight: the bytes that it has to move, None where that does not bound it.
+        rate: the bytes a second that the memory copies.
     """
     found = []
     for method, each in times.items():
@@ -145,6 +171,7 @@ def rows_of(name: str, measured: str, count: int, times: dict[str, list[float]])
                 "tokens/s": round(1e3 * count / milliseconds),
                 "ratio": round(median, 3),
                 "quartiles": f"{low:.3f} to {high:.3f}",
+                "of copy rate": "" if weight is None else f"{1e3 * weight / milliseconds / rate:.1%}",
             }
         )
     return found
@@ -157,10 +184,11 @@ def measure(name: str, device: str, small: bool, rounds: int) -> list[dict[str, 
     models = {method: adapt(base(config, device)).eval() for method, adapt in METHODS.items()}
     models["S0"].set_adapter("task-0")
     weights = sum(parameter.numel() for parameter in models["base"].parameters())
-    print(f"{name}: {weights / 1e9:.2f} billion weights", flush=True)
+    rate = copy_rate(device)
+    print(f"{name}: {weights / 1e9:.2f} billion weights; memory copies {rate / 1e9:.0f} GB/s", flush=True)
     row, batch = (1, 2048), (8, 512)
     mask = (torch.arange(batch[1]) >= batch[1] - torch.linspace(256, 512, 8).long().unsqueeze(1)).long().to(device)
-    timed: dict[str, tuple[int, Callable[[nn.Module], float]]] = {
+    timed: dict[str, tuple[int, partial[float]]] = {
         "prefill, 1 x 2048": (2048, partial(prefill, tokens(device, *row), None)),
         "prefill, 8 x 256 to 512": (int(mask.sum()), partial(prefill, tokens(device, *batch), mask)),
         **{f"decode, {rows} rows": (rows, partial(decode, tokens(device, rows, 64), False)) for rows in (1, 8, 32)},
@@ -168,7 +196,8 @@ def measure(name: str, device: str, small: bool, rounds: int) -> list[dict[str, 
     inference = []
     for measured, (count, run) in timed.items():
         times = interleave({method: partial(run, model) for method, model in models.items()}, rounds)
-        inference += rows_of(name, measured, count, times)
+        weight = moved(models["base"], count) if run.func is decode else None
+        inference += rows_of(name, measured, count, times, weight, rate)
     ids = tokens(device, ADAPTERS, 128)
     candidates = {"S0, one adapter": partial(prefill, ids, None), "S0, 32 adapters": partial(mixed, ids)}
     times = interleave({key: partial(run, models["S0"]) for key, run in candidates.items()}, rounds)
