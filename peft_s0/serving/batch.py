@@ -42,10 +42,10 @@ class Batch:
         self._takes_positions = "position_ids" in parameters
         self._keeps = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
         self._cache_name = "cache_params" if "cache_params" in parameters else "past_key_values"
-        self._device = next(weight.device for weight in model.parameters() if not weight.is_meta)
+        self.device = next(weight.device for weight in model.parameters() if not weight.is_meta)
         self._cache: Any = None
         # Bool [rows, columns]: which columns of keys and values are a row's own. They are its last ones.
-        self._seen = torch.zeros(0, 0, dtype=torch.bool, device=self._device)
+        self._seen = torch.zeros(0, 0, dtype=torch.bool, device=self.device)
         self._tasks: list[str] = []
 
     def __len__(self) -> int:
@@ -70,9 +70,9 @@ class Batch:
             ValueError: if the model's cache is of a kind that rows cannot be put into.
         """
         longest = max(map(len, prompts))
-        ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=self._device)
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self._device)
-        seen = torch.arange(longest, device=self._device) >= longest - lengths[:, None]
+        ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=self.device)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
+        seen = torch.arange(longest, device=self.device) >= longest - lengths[:, None]
         output = self._run(list(tasks), True, **self._inputs(ids, seen, seen.long()), use_cache=True)
         cache = getattr(output, self._cache_name, None)
         kinds = {type(layer).__name__ for layer in getattr(cache, "layers", ()) if type(layer) not in _LAYERS}
@@ -117,7 +117,7 @@ class Batch:
         if not rows:
             self._cache, self._tasks, self._seen = None, [], self._seen[:0, :0]
             return
-        index = torch.tensor(rows, device=self._device)
+        index = torch.tensor(rows, device=self.device)
         self._cache.reorder_cache(index)
         self._tasks = [self._tasks[row] for row in rows]
         self._seen = self._seen[index]
