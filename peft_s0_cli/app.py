@@ -437,6 +437,69 @@ def calibrate(
     typer.echo(found.to_json() if as_json else str(found))
 
 
+_SERVE = """
+\b
+Examples:
+  peft-s0 serve Qwen/Qwen3.5-4B --tasks my-tasks
+  peft-s0 serve Qwen/Qwen3.5-4B --task sql=me/qwen3.5-4b-sql --task chat=runs/chat --port 8080
+\b
+  curl http://127.0.0.1:8000/v1/completions -H "Content-Type: application/json" \\
+    -d '{"model": "sql", "prompt": "def f(x):", "max_tokens": 32}'
+
+Needs FastAPI and uvicorn: pip install 'peft-s0[serve]'. There is no authentication: let others reach it through a proxy.
+"""
+
+
+@app.command(short_help="Serve many adapters of one model over HTTP.", epilog=_SERVE)
+@_reports_errors()
+def serve(
+    base_model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of the base model.")],
+    task: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=ADAPTER", help="A task and the folder or Hub id of its adapter; may be repeated."),
+    ] = None,
+    tasks: Annotated[
+        Path | None, typer.Option(help="A folder with an adapter in each folder, which name tasks.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="What the base model is called. Default: the end of MODEL.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 for one that is free.", min=0, max=65535)] = 8000,
+    capacity: Annotated[int, typer.Option(help="How many tasks the device holds.", min=1)] = 32,
+    rows: Annotated[int, typer.Option(help="How many requests run at a time.", min=1)] = 32,
+    queue: Annotated[int, typer.Option(help="How many wait; further ones are refused with status 503.", min=1)] = 256,
+    max_length: Annotated[
+        int | None,
+        typer.Option(help="Tokens of a prompt and its answer. Default: what the model's config says.", min=2),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the base model's weights.")] = "auto",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Serve many adapters of one model over HTTP, as OpenAI's API has it; the model's name selects the task.
+
+    Requests for different tasks run in one batch. docs/serving-http.md says what is served, and what refused.
+    """
+    for package in ("fastapi", "uvicorn"):
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(f"serve needs {package}: pip install 'peft-s0[serve]'")
+    places = {}
+    for given in task or []:
+        task_name, sign, adapter = given.partition("=")
+        if not (task_name and sign and adapter):
+            raise typer.BadParameter(f"--task takes NAME=ADAPTER, got {given!r}.")
+        if task_name in places:
+            raise typer.BadParameter(f"--task {task_name} is there twice.")
+        places[task_name] = adapter
+    from . import serving
+
+    if tasks is not None:
+        places |= serving.find_tasks(tasks, places)
+    app_name = name or base_model.rstrip("/").rpartition("/")[2]
+    engine = serving.make_engine(
+        base_model, places, app_name, capacity, rows, queue, max_length, dtype, trust_remote_code
+    )
+    serving.run(engine, app_name, host, port)
+
+
 _TRAIN = """
 \b
 Examples:

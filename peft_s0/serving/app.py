@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -23,7 +25,15 @@ from starlette.requests import Request as HTTPRequest
 from ..rows import BASE
 from .engine import BusyError, ClosedError, Completion, Engine, Request, TooLongError, UnknownTaskError
 
-_Result = TypeVar("_Result")
+_LOG = logging.getLogger(__name__)
+
+
+class _GoneError(Exception):
+    """The client has gone."""
+
+
+class _FailedError(Exception):
+    """The engine could not answer."""
 
 
 class _Strict(BaseModel):
@@ -114,8 +124,7 @@ def create_app(engine: Engine, name: str, max_body: int = 1 << 20) -> FastAPI:
     app.get("/v1/models/{model:path}")(service.model)
     app.post("/v1/completions")(service.complete)
     app.post("/v1/chat/completions")(service.chat)
-    app.add_exception_handler(Exception, _answer_error)
-    for kind in (UnknownTaskError, TooLongError, BusyError, ClosedError, ValueError, RequestValidationError):
+    for kind in (ValueError, BusyError, ClosedError, RequestValidationError, _GoneError, _FailedError):
         app.add_exception_handler(kind, _answer_error)
     return app
 
@@ -166,10 +175,9 @@ class _Service:
 
     async def complete(self, body: CompletionBody, http: HTTPRequest) -> Response:
         """Go on with a text."""
-        prompt = body.prompt
+        prompt: Any = body.prompt
         if isinstance(prompt, str):
-            text = prompt
-            prompt = await asyncio.to_thread(lambda: self.engine.tokenizer(text)["input_ids"])
+            prompt = (await asyncio.to_thread(self.engine.tokenizer, prompt))["input_ids"]
         return await self._answer(_TEXT, body, prompt, body.max_tokens or 16, http)
 
     async def chat(self, body: ChatBody, http: HTTPRequest) -> Response:
@@ -216,10 +224,9 @@ class _Service:
         )
         head = {"id": f"{kind.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
         if not body.stream:
-            future = asyncio.wrap_future(self.engine.submit(request))
-            completion = await _unless_gone(http, future)
-            if completion is None:
-                return Response(status_code=499)  # nobody reads it
+            answer = self.engine.submit(request)
+            await _unless_gone(http, answer, asyncio.wrap_future(answer))
+            completion = _result(answer)
             choice = {"index": 0, **kind.choice(completion.text), "finish_reason": completion.reason, "logprobs": None}
             usage = _usage(request, completion)
             return JSONResponse({**head, "object": kind.whole, "choices": [choice], "usage": usage})
@@ -230,36 +237,27 @@ class _Service:
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
         answer = self.engine.submit(request, tell)
-        answer.add_done_callback(lambda _: tell(None) if not loop.is_closed() else None)
+        answer.add_done_callback(lambda _: tell(None))
         # Before the status is sent: a task whose file is broken is an error, and no stream.
         first = asyncio.ensure_future(pieces.get())
-        try:
-            piece = await _unless_gone(http, first)
-            if first.cancelled():
-                return Response(status_code=499)
-            if piece is None:
-                answer.result(timeout=0)
-        except BaseException:
-            answer.cancel()
-            raise
-        finally:
-            if first.cancelled():
-                answer.cancel()
-        usage = body.stream_options is not None and body.stream_options.include_usage
+        await _unless_gone(http, answer, first)
+        if first.result() is None:
+            _result(answer)
+        with_usage = body.stream_options is not None and body.stream_options.include_usage
+        extra: dict[str, Any] = {"usage": None} if with_usage else {}
         head["object"] = kind.part
 
         async def events() -> AsyncIterator[str]:
-            extra: dict[str, Any] = {"usage": None} if usage else {}
             try:
                 if kind.opening is not None:
                     yield _event({**head, "choices": [_part(kind.opening, None)], **extra})
-                current = piece
-                while current is not None:
-                    yield _event({**head, "choices": [_part(kind.delta(current), None)], **extra})
-                    current = await pieces.get()
-                completion = answer.result(timeout=0)
+                piece = first.result()
+                while piece is not None:
+                    yield _event({**head, "choices": [_part(kind.delta(piece), None)], **extra})
+                    piece = await pieces.get()
+                completion = _result(answer)
                 yield _event({**head, "choices": [_part(kind.delta(""), completion.reason)], **extra})
-                if usage:
+                if with_usage:
                     yield _event({**head, "choices": [], "usage": _usage(request, completion)})
                 yield "data: [DONE]\n\n"
             except Exception as error:
@@ -284,8 +282,12 @@ def _usage(request: Request, completion: Completion) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
 
 
-async def _unless_gone(http: HTTPRequest, future: asyncio.Future[_Result]) -> _Result | None:
-    """Wait for a future; if the client goes away first, cancel it and return None."""
+async def _unless_gone(http: HTTPRequest, answer: Future[Completion], wait: asyncio.Future[Any]) -> None:
+    """Wait for something; if the client goes away first, the answer is cancelled.
+
+    Raises:
+        _GoneError: then.
+    """
 
     async def gone() -> None:
         while (await http.receive())["type"] != "http.disconnect":
@@ -293,13 +295,25 @@ async def _unless_gone(http: HTTPRequest, future: asyncio.Future[_Result]) -> _R
 
     watch = asyncio.ensure_future(gone())
     try:
-        await asyncio.wait([future, watch], return_when=asyncio.FIRST_COMPLETED)
-        if future.done():
-            return future.result()
-        return None
+        await asyncio.wait([wait, watch], return_when=asyncio.FIRST_COMPLETED)
+        if not wait.done():
+            raise _GoneError
     finally:
-        future.cancel()
         watch.cancel()
+        if not wait.done():
+            wait.cancel()
+            answer.cancel()
+
+
+def _result(answer: Future[Completion]) -> Completion:
+    """The answer that is there."""
+    try:
+        return answer.result(timeout=0)
+    except ClosedError:
+        raise
+    except Exception as error:
+        # Not the client's fault, whatever its kind.
+        raise _FailedError from error
 
 
 def _describe_error(error: Exception) -> tuple[int, dict[str, Any]]:
@@ -319,7 +333,10 @@ def _describe_error(error: Exception) -> tuple[int, dict[str, Any]]:
         message = f"{parameter or 'body'}: {first['msg']}"
     elif isinstance(error, ValueError):
         status, kind, code = 400, "invalid_request_error", "invalid_value"
+    elif isinstance(error, _GoneError):
+        status = 499  # nobody reads it
     else:
+        _LOG.error("A request failed.", exc_info=error)
         message = "The request failed; the server's log says why."
     return status, {"error": {"message": message, "type": kind, "param": parameter, "code": code}}
 

@@ -1,8 +1,8 @@
 """Rows of different lengths and ages that decode together in one cache.
 
-Prompts are padded on the left and run once. What they leave in the cache is put beside the rows that are there: keys and
-values behind a gap that the attention mask covers, convolution and recurrent states as they are. So rows join and leave
-between any two steps, and no row sees another, nor a pad.
+Prompts are padded on the left and run once. What they leave in the cache is put beside the rows that are there: keys
+and values behind a gap that the attention mask covers, convolution and recurrent states as they are. So rows join and
+leave between any two steps, and no row sees another, nor a pad.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Batch:
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
         seen = torch.arange(longest, device=self.device) >= longest - lengths[:, None]
         output = self._run(list(tasks), True, **self._inputs(ids, seen, seen.long()), use_cache=True)
-        cache = getattr(output, self._cache_name, None)
+        cache: Any = getattr(output, self._cache_name, None)
         kinds = {type(layer).__name__ for layer in getattr(cache, "layers", ()) if type(layer) not in _LAYERS}
         if not getattr(cache, "layers", None) or kinds:
             raise ValueError(
@@ -123,10 +123,10 @@ class Batch:
         self._seen = self._seen[index]
         columns = int(self._seen.sum(1).max())
         for layer in self._cache.layers:
-            if isinstance(layer, DynamicLayer) and layer.is_initialized:
-                # Copies, since a view would hold the memory of all columns.
-                layer.keys = layer.keys[..., -columns:, :].contiguous()
-                layer.values = layer.values[..., -columns:, :].contiguous()
+            if isinstance(layer, DynamicLayer) and layer.is_initialized and columns < self.columns:
+                for name in ("keys", "values"):
+                    # A copy, since a view would hold the memory of all columns.
+                    setattr(layer, name, getattr(layer, name)[..., -columns:, :].clone())
         self._seen = self._seen[:, -columns:]
 
     def _inputs(self, ids: Tensor, seen: Tensor, new: Tensor) -> dict[str, Any]:
@@ -142,7 +142,7 @@ class Batch:
 def _put_beside(layer: Any, new: Any) -> None:
     """Put a layer's cache of new rows below that of the rows which are there."""
     if isinstance(layer, DynamicLayer) and layer.is_initialized:
-        columns = max(layer.keys.shape[-2], new.keys.shape[-2])
+        columns = max(layer.get_seq_length(), new.get_seq_length())
         for name in ("keys", "values"):
             rows = [_widen(getattr(part, name), columns, dimension=-2) for part in (layer, new)]
             setattr(layer, name, torch.cat(rows))

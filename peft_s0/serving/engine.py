@@ -282,8 +282,9 @@ class Engine:
             if errors[-1] < tolerance:
                 return len(errors) == 1
         raise ValueError(
-            f"{type(self._model).__name__} answers otherwise when rows of different lengths decode together: its logits "
-            f"are off by {errors[-1]:.1g} of their size, {tolerance:.1g} is rounding. It cannot be served in batches."
+            f"{type(self._model).__name__} answers otherwise when rows of different lengths decode together: its "
+            f"logits are off by {errors[-1]:.1g} of their size, where {tolerance:.1g} is rounding. It cannot be served "
+            "in batches."
         )
 
     def _two_steps(self, joins: list[list[list[int]]]) -> Tensor:
@@ -395,12 +396,12 @@ class Engine:
 def _draw(logits: Tensor, request: Request, generator: torch.Generator) -> int:
     scores = logits.float()[None] / request.temperature
     if request.top_p < 1:
-        scores = TopPLogitsWarper(request.top_p)(None, scores)  # type: ignore[arg-type] - it does not look at tokens
+        warp: Any = TopPLogitsWarper(request.top_p)
+        scores = warp(None, scores)  # it does not look at tokens
     return int(torch.multinomial(scores.softmax(-1)[0], 1, generator=generator))
 
 
 def _fail(row: _Row, error: Exception) -> None:
-    if not row.future.done():
-        # False for one that is cancelled in this moment.
-        if row.future.set_running_or_notify_cancel():
-            row.future.set_exception(error)
+    # The latter is false for one that is cancelled in this moment.
+    if not row.future.done() and row.future.set_running_or_notify_cancel():
+        row.future.set_exception(error)
