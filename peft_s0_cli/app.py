@@ -446,7 +446,7 @@ Examples:
   curl http://127.0.0.1:8000/v1/completions -H "Content-Type: application/json" \\
     -d '{"model": "sql", "prompt": "def f(x):", "max_tokens": 32}'
 
-Needs FastAPI and uvicorn: pip install 'peft-s0[serve]'. There is no authentication: let others reach it through a proxy.
+Needs FastAPI and uvicorn: pip install 'peft-s0[serve]'. Whoever reaches the port may ask; there is no authentication.
 """
 
 

@@ -298,6 +298,7 @@ async def _unless_gone(http: HTTPRequest, answer: Future[Completion], wait: asyn
         await asyncio.wait([wait, watch], return_when=asyncio.FIRST_COMPLETED)
         if not wait.done():
             raise _GoneError
+        wait.exception()  # looked at elsewhere: `answer` has the same
     finally:
         watch.cancel()
         if not wait.done():
@@ -360,14 +361,15 @@ class _BodyLimit:
         size, more = 0, True
         while more:
             message = await receive()
-            messages.append(message)
             size += len(message.get("body", b""))
             more = message["type"] == "http.request" and message.get("more_body", False)
-            if size > self.limit:
-                error = {"message": f"The request has more than {self.limit} bytes.", "type": "invalid_request_error"}
-                response = JSONResponse({"error": {**error, "param": None, "code": "too_large"}}, 413)
-                await response(scope, receive, send)
-                return
+            # What is too much is read, for a client that still writes would not see the answer, but not kept.
+            messages = [*messages, message] if size <= self.limit else []
+        if size > self.limit:
+            error = {"message": f"The request has more than {self.limit} bytes.", "type": "invalid_request_error"}
+            response = JSONResponse({"error": {**error, "param": None, "code": "too_large"}}, 413)
+            await response(scope, receive, send)
+            return
 
         async def again() -> Any:
             return messages.pop(0) if messages else await receive()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers.cache_utils import (
     DummyLayer,
+    DynamicCache,
     DynamicLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionLayer,
@@ -76,10 +77,10 @@ class Batch:
         output = self._run(list(tasks), True, **self._inputs(ids, seen, seen.long()), use_cache=True)
         cache: Any = getattr(output, self._cache_name, None)
         kinds = {type(layer).__name__ for layer in getattr(cache, "layers", ()) if type(layer) not in _LAYERS}
-        if not getattr(cache, "layers", None) or kinds:
+        if type(cache) is not DynamicCache or kinds:
+            kind = ", ".join([type(cache).__name__, *sorted(kinds)])
             raise ValueError(
-                f"The cache of this model ({type(cache).__name__} with {sorted(kinds) or 'no layers'}) is of a kind "
-                "into which rows cannot be put while others decode."
+                f"The cache of this model ({kind}) is of a kind into which rows cannot be put while others decode."
             )
         if self._cache is None:
             self._cache, self._seen = cache, seen
