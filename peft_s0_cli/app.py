@@ -43,6 +43,22 @@ class Format(str, Enum):
     RWKV = "rwkv"
 
 
+class Engine(str, Enum):
+    """What states are written for."""
+
+    S0_TUNING = "s0-tuning"
+    RWKV = "rwkv"
+    LLAMA_CPP = "llama.cpp"
+
+
+class Switch(str, Enum):
+    """A setting of llama-server."""
+
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"
+
+
 class Dtype(str, Enum):
     """What RWKV's states are written in."""
 
@@ -246,6 +262,9 @@ _EXPORT = """
 Examples:
   peft-s0 export my-task -o for-s0-tuning
   peft-s0 export me/rwkv-task -o state.pth --dtype bfloat16
+  peft-s0 export my-task -o slots/my-task.slot --gguf qwen3.5-4b.gguf --prefix "<|im_start|>"
+
+A slot of llama-server needs gguf and llama-cpp-python; docs/llama-cpp.md says how it is restored.
 """
 
 
@@ -255,26 +274,53 @@ def export(
     adapter: Adapter,
     output: Output,
     form: Annotated[
-        Format | None, typer.Option("--format", help="Default: rwkv if OUTPUT is a .pth file, s0-tuning for all else.")
+        Engine | None,
+        typer.Option(
+            "--format",
+            help="Default: llama.cpp with --gguf, rwkv if OUTPUT is a .pth file, s0-tuning for all else.",
+        ),
     ] = None,
     base_model: BaseModel = None,
     dtype: Annotated[Dtype, typer.Option(help="Of RWKV's states; bfloat16 rounds.")] = Dtype.FLOAT32,
+    gguf: Annotated[Path | None, typer.Option(help="For llama.cpp: the model; of a split one, the first part.")] = None,
+    prefix: Annotated[
+        str | None, typer.Option(help="For llama.cpp: what all prompts begin with. Default: the tokenizer's BOS.")
+    ] = None,
+    flash_attn: Annotated[Switch, typer.Option(help="For llama.cpp: as the server's.")] = Switch.AUTO,
+    cache_type_k: Annotated[str, typer.Option(help="For llama.cpp: as the server's.")] = "f16",
+    cache_type_v: Annotated[str, typer.Option(help="For llama.cpp: as the server's.")] = "f16",
     overwrite: Overwrite = False,
     revision: Revision = None,
     subfolder: Subfolder = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Write an adapter's states for another program: a folder for the s0-tuning library, or a .pth file for RWKV.
+    """Write an adapter's states for another program.
 
-    docs/importing.md says what becomes of what, and what has no place there.
+    A folder for the s0-tuning library, a .pth file for RWKV, or a slot of llama-server. docs/importing.md and
+    docs/llama-cpp.md say what becomes of what, and what has no place there.
     """
+    if (gguf is None and (form is Engine.LLAMA_CPP or prefix is not None)) or (
+        gguf is not None and form not in (None, Engine.LLAMA_CPP)
+    ):
+        raise typer.BadParameter("--format llama.cpp and --gguf go together: its states are laid out as a GGUF says.")
+    how: dict[str, Any] = {"overwrite": overwrite, "trust_remote_code": trust_remote_code}
+    how |= _hub_options(revision, subfolder)
+    if gguf is not None:
+        from peft_s0.export.llama_cpp import CacheSettings, write_slot
+
+        flash = {Switch.AUTO: None, Switch.ON: True, Switch.OFF: False}[flash_attn]
+        cache = CacheSettings(flash, cache_type_k, cache_type_v)
+        try:
+            write_slot(adapter, gguf, output, prefix, cache=cache, base_model=base_model, **how)
+        except RuntimeError as error:
+            raise ValueError(error) from error
+        typer.echo(f"{output}")
+        return
     import torch
 
     from peft_s0.convert import export_rwkv, export_s0_tuning
 
-    how: dict[str, Any] = {"overwrite": overwrite, "trust_remote_code": trust_remote_code}
-    how |= _hub_options(revision, subfolder)
-    if form is Format.RWKV or (form is None and output.suffix == ".pth"):
+    if form is Engine.RWKV or (form is None and output.suffix == ".pth"):
         export_rwkv(adapter, output, base_model, dtype=getattr(torch, dtype.value), **how)
     else:
         export_s0_tuning(adapter, output, base_model, **how)

@@ -367,6 +367,26 @@ def test_import_and_export(architecture: Architecture, base: Path, tmp_path: Pat
     assert contents(again) == contents(tmp_path / "theirs")
 
 
+@pytest.mark.parametrize(
+    "arguments", [("--format", "llama.cpp"), ("--prefix", "def"), ("--format", "rwkv", "--gguf", "model.gguf")]
+)
+def test_a_slot_needs_a_gguf(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    result = call("export", "my-task", "-o", tmp_path / "out", *arguments, code=2)
+    assert "--format llama.cpp and --gguf go together" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_serve_refuses(tmp_path: Path) -> None:
+    assert "takes NAME=ADAPTER, got 'first'" in call("serve", "base", "--task", "first", code=2).stderr
+    twice = call("serve", "base", "--task", "a=b", "--task", "a=c", code=2)
+    assert "--task a is there twice" in twice.stderr
+    assert f"No folder in '{tmp_path}' holds an adapter" in failure("serve", "base", "--tasks", tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "adapter_config.json").write_text("{}")
+    assert "There are two tasks 'a'" in failure("serve", "base", "--tasks", tmp_path, "--task", "a=b")
+    assert "A task is called 'a', as the base model is" in failure("serve", "models/a", "--tasks", tmp_path)
+
+
 def test_warnings_are_lines_of_their_own(base: Path, architecture: Architecture, tmp_path: Path) -> None:
     save(tmp_path / "theirs", architecture)
     (tmp_path / "theirs" / "meta.json").write_text('{"state_shape": [1]}')

@@ -167,7 +167,7 @@ class Served:
     def request(
         self, prompt: str = PROMPTS[0], task: str = "__base__", max_tokens: int = 32, **options: Any
     ) -> Request:
-        return Request(self.tokenizer(prompt)["input_ids"], task, max_tokens, **more)
+        return Request(self.tokenizer(prompt)["input_ids"], task, max_tokens, **options)
 
 
 @pytest.fixture(scope="module")

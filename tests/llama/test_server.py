@@ -15,10 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from typer.testing import CliRunner
 
 from llama.conftest import EXAMPLES, LLAMA_CPP, ROOT
 from peft_s0 import S0Config
 from peft_s0.export.llama_cpp import CacheSettings, write_slot, write_state
+from peft_s0_cli import app
 
 import llama_server  # isort: skip
 from miniature.base import load_base, load_tokenizer  # isort: skip
@@ -118,6 +120,32 @@ def test_a_server_that_does_not_start(tmp_path: Path) -> None:
         llama_server.Server(LLAMA_CPP, tmp_path / "none.gguf", tmp_path),
     ):
         pass
+
+
+def test_the_command(served: Served, tmp_path: Path) -> None:
+    """A slot from the command line is the one that Python writes."""
+    served.model.set_adapter(TASKS[0])
+    served.model.save_pretrained(tmp_path)
+    command = ["export", str(tmp_path / TASKS[0]), "-o", str(tmp_path / "task.slot"), "--gguf", str(served.gguf)]
+    command += ["-b", str(EXAMPLES / "models" / "tiny-qwen3.5"), "--prefix", "def g(x):"]
+    flash = {None: "auto", True: "on", False: "off"}[llama_server.CACHE.flash_attention]
+    command += ["--flash-attn", flash, "--cache-type-k", llama_server.CACHE.type_k]
+    result = CliRunner().invoke(app, [*command, "--cache-type-v", llama_server.CACHE.type_v])
+    assert (result.exit_code, result.stdout.strip()) == (0, str(tmp_path / "task.slot"))
+    write_slot(
+        served.model,
+        served.gguf,
+        tmp_path / "python.slot",
+        "def g(x):",
+        adapter_name=TASKS[0],
+        cache=llama_server.CACHE,
+    )
+    assert (tmp_path / "task.slot").read_bytes() == (tmp_path / "python.slot").read_bytes()
+    result = CliRunner().invoke(app, [*command, "--cache-type-v", "f17"])
+    assert result.exit_code == 1
+    assert "task.slot' exists" in result.stderr
+    result = CliRunner().invoke(app, [*command, "--overwrite", "--cache-type-v", "f17"])
+    assert "type_v must be one of ggml's types" in result.stderr
 
 
 @pytest.mark.timeout(600)
