@@ -283,8 +283,9 @@ class StateBank:
         for layer in self._all_layers():
             layer.row_slots = None
 
-    def _all_layers(self) -> Iterator[S0Layer]:
-        return (module for module in self._tuner.modules() if isinstance(module, S0Layer))
+    def _all_layers(self) -> list[S0Layer]:
+        # Without a walk over all modules of the model, which a server would do for every token.
+        return self._tuner._routing.layers
 
     def _layers(self) -> list[tuple[str, S0Layer, Slots]]:
         layers = [(name, layer_of(mixer)) for name, mixer in self._mixers.items() if has_layer(mixer)]
