@@ -1,4 +1,4 @@
-"""Load on a server on loopback: requests a second and their latency, by number of tasks, beside the base model and LoRA.
+"""Load on a server on loopback: requests a second and their latency, by number of tasks, beside base model and LoRA.
 
     python benchmarks/serving.py [--rounds 3] [--clients 32] [--requests 128] [--json FILE]
 

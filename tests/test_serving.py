@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import random
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -26,17 +26,20 @@ import pytest
 import torch
 import uvicorn
 from architectures import ARCHITECTURES, Architecture
+from fastapi.testclient import TestClient
 from peft import PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, pipeline
 from tuned import tune
+from typer.testing import CliRunner
 
 from peft_s0 import S0Config, StateBank
 from peft_s0.serving import BusyError, ClosedError, Engine, Request, TooLongError, UnknownTaskError
 from peft_s0.serving.app import create_app
 from peft_s0.serving.batch import Batch
 from peft_s0.serving.text import Writer
+from peft_s0_cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
@@ -46,7 +49,7 @@ from miniature.evaluate import HELD_OUT, complete  # noqa: E402
 
 TASKS = ("first", "second", "third", "fourth")
 ALL = (*TASKS, "__base__")
-PROMPTS = [problem.prompt for problem in HELD_OUT[:20]]
+PROMPTS = [problem.prompt for problem in HELD_OUT[:12]]
 
 # Caches that are more than keys, values and states, or that the models keep to themselves.
 REFUSED = {
@@ -156,7 +159,7 @@ class Served:
     answers: dict[str, list[str]]
 
     def bank(self, capacity: int = 2) -> StateBank:
-        bank = StateBank(get_peft_model(load_base(), S0Config()).eval(), capacity)
+        bank = StateBank(get_peft_model(load_base(), S0Config(task_type="CAUSAL_LM")).eval(), capacity)
         for task in TASKS:
             bank.add(task, self.folder / task)
         return bank
@@ -199,7 +202,7 @@ def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 
 
 def test_threads_get_what_each_task_answers_alone(served: Served, engine: Engine) -> None:
-    """100 requests for 4 tasks and the base model from 8 threads, with 8 rows and 2 slots."""
+    """60 requests for 4 tasks and the base model from 8 threads, with 8 rows and 2 slots."""
     wanted = [(i, task) for i in range(len(PROMPTS)) for task in ALL]
     random.Random(0).shuffle(wanted)
 
@@ -558,7 +561,7 @@ def test_concurrent_clients(served: Served, http: Site) -> None:
     client, lengths = http.client, []
 
     def ask(i: int) -> str:
-        task, prompt = ALL[i % 5], PROMPTS[i % 20]
+        task, prompt = ALL[i % 5], PROMPTS[i % 12]
         arguments: Any = {"model": "tiny" if task == "__base__" else task, "max_tokens": 32, "temperature": 0}
         chat: Any = [{"role": "user", "content": prompt}]
         if i % 4 == 0:
@@ -584,7 +587,7 @@ def test_concurrent_clients(served: Served, http: Site) -> None:
 
     with ThreadPoolExecutor(10) as pool:
         answers = list(pool.map(ask, range(60)))
-    assert answers == [served.answers[ALL[i % 5]][i % 20] for i in range(60)]
+    assert answers == [served.answers[ALL[i % 5]][i % 12] for i in range(60)]
     assert max(lengths) > 10, "streams that come at once"
 
 
@@ -703,26 +706,61 @@ def test_a_task_with_the_models_name(served: Served, engine: Engine) -> None:
         create_app(engine, "first")
 
 
-def test_the_command(served: Served, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "from peft_s0_cli import main; main()", "serve", str(FOLDER), "--port", "0"]
-    command += ["--tasks", str(served.folder), "--task", f"own={served.folder / 'first'}", "--dtype", "float32"]
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, stderr=log, stdout=log, text=True)
-    try:
-        found: list[str] = []
+def test_the_code_of_serving_http_md(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As it stands there, but for the model, which is the tiny one."""
+    ask, program, pipe = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "serving-http.md").read_text(), re.DOTALL)
+    bank = StateBank(get_peft_model(load_base(), S0Config()).eval(), 2)
+    bank.add("sql", served.folder / "first")
+    bank.add("chat", served.folder / "second")
+    with site(Engine(bank, served.tokenizer)) as running:
+        exec(ask.replace("http://127.0.0.1:8000", running.url), {})
+    alone = PeftModel.from_pretrained(load_base(), served.folder / "first").eval()
+    expected = [complete(model, served.tokenizer, ["def f(x):"], batch_size=1)[0] for model in (alone, load_base())]
+    assert capsys.readouterr().out.startswith(f"{expected[0]}\n")
+    (tmp_path / "my-tasks").mkdir()
+    (tmp_path / "my-tasks" / "sql").symlink_to(served.folder / "first")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(program.replace("Qwen/Qwen3.5-4B", str(FOLDER)).replace('"bfloat16"', '"float32"'), names)
+    assert ast.literal_eval(capsys.readouterr().out) == expected
+    exec(pipe, names)
+    assert names["answers"][0][0]["generated_text"] == f"def f(x):{expected[0]}"
+    assert len(names["answers"]) == 2
 
-        def listens() -> bool:
-            assert process.poll() is None, (tmp_path / "log").read_text()
-            found[:] = re.findall(r"running on (http://127\.0\.0\.1:\d+)", (tmp_path / "log").read_text())
-            return bool(found)
 
-        until(listens, seconds=60)
-        client = openai.OpenAI(base_url=f"{found[0]}/v1", api_key="none")
-        assert {model.id for model in client.models.list()} == {"tiny-qwen3.5", "own", *TASKS}
-        for name, task in (("own", "first"), ("third", "third"), ("tiny-qwen3.5", "__base__")):
-            answer = client.completions.create(model=name, prompt=PROMPTS[3], temperature=0, max_tokens=32)
-            assert answer.choices[0].text == served.answers[task][3]
-    finally:
-        process.send_signal(signal.SIGINT)
-        code = process.wait(timeout=30)
-    assert code in (0, -signal.SIGINT, 130), (tmp_path / "log").read_text()
+def test_the_example(served: Served, tmp_path: Path) -> None:
+    for task, folder in zip(("right", "one-line"), TASKS, strict=False):
+        (tmp_path / task).symlink_to(served.folder / folder)
+    command = [sys.executable, str(ROOT / "examples" / "serve.py"), "--output", str(tmp_path), "--prompts", "3"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("3 of 3 answers are those of transformers.") == 3
+
+
+def test_the_command(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it makes of its options; the example runs it whole."""
+    seen: list[Any] = []
+
+    def run(app: Any, host: str, port: int) -> None:
+        seen.append((app.title, host, port))
+        with TestClient(app) as client:
+            seen.append({model["id"] for model in client.get("/v1/models").json()["data"]})
+            for name, task in (("own", "first"), ("third", "third"), ("tiny-qwen3.5", "__base__")):
+                body = {"model": name, "prompt": PROMPTS[3], "temperature": 0, "max_tokens": 32}
+                answer = client.post("/v1/completions", json=body).json()
+                seen.append(answer["choices"][0]["text"] == served.answers[task][3])
+            seen.append(client.post("/v1/completions", json={**body, "max_tokens": 200}).json()["error"]["code"])
+
+    monkeypatch.setattr(uvicorn, "run", run)
+    command = ["serve", str(FOLDER), "--port", "0", "--tasks", str(served.folder), "--max-length", "200"]
+    command += ["--task", f"own={served.folder / 'first'}", "--dtype", "float32"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert seen == [
+        ("peft-s0", "127.0.0.1", 0),
+        {"tiny-qwen3.5", "own", *TASKS},
+        *[True] * 3,
+        "context_length_exceeded",
+    ]
