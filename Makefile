@@ -15,8 +15,11 @@ LLAMA := .venv-llama
 LLAMA_BUILT := $(LLAMA)/built-$(shell cksum < constraints-llama.txt | cut -d " " -f 1)
 RUN_LLAMA := $(LLAMA)/bin/python
 LLAMA_CPP := $(LLAMA)/src/vendor/llama.cpp
+# mlx-lm, with mlx's build for a CPU.
+MLX := .venv-mlx
+RUN_MLX := $(MLX)/bin/python
 
-.PHONY: quickstart test lint kernels site deepspeed llama
+.PHONY: quickstart test lint kernels site deepspeed llama mlx
 
 quickstart: $(VENV)/examples
 	$(RUN) examples/quickstart.py
@@ -35,6 +38,9 @@ site: $(SITE)/site
 
 llama: $(LLAMA)/llama
 	LLAMA_CPP=$(abspath $(LLAMA_CPP)) $(RUN_LLAMA) -m pytest tests/llama
+
+mlx: $(MLX)/mlx
+	$(RUN_MLX) -m pytest tests/on_mlx
 
 lint: $(VENV)/dev
 	$(RUN) -m ruff check .
@@ -71,6 +77,12 @@ $(DEEPSPEED)/installed: $(VENV)/dev
 $(LLAMA)/llama: pyproject.toml constraints.txt $(LLAMA_BUILT)
 	$(RUN_LLAMA) -m pip install --quiet --constraint constraints.txt --constraint constraints-llama.txt \
 		--editable ".[examples,llama]" pytest pytest-timeout pytest-xdist hypothesis
+	touch $@
+
+$(MLX)/mlx: pyproject.toml constraints.txt constraints-mlx.txt
+	test -x $(RUN_MLX) || $(PYTHON) -m venv $(MLX)
+	$(RUN_MLX) -m pip install --quiet --constraint constraints.txt --constraint constraints-mlx.txt \
+		--editable . "mlx[cpu]" mlx-lm pytest pytest-timeout pytest-xdist hypothesis
 	touch $@
 
 # For any CPU and without what tests have no use for; -O1, since compiling is what takes time here. The Python package is

@@ -25,17 +25,21 @@ class Start:
     Args:
         source: what the adapter is called in messages.
         model_class: the name of the model's class.
+        config: the config of its text model.
         mixers: the recurrent mixers of the model, by the index of the layer they are in; on the meta device if there is
             no more of the model than its config.
         attributes: what they are called in their layers.
+        shapes: the shape of each one's state, [heads, ...].
         states: the effective state of each layer that the adapter tunes: float32 [heads, ...] on the CPU, with alpha
             and `normalize` applied and low rank multiplied out.
     """
 
     source: str
     model_class: str
+    config: Any
     mixers: dict[int, nn.Module] = field(default_factory=dict)
     attributes: set[str] = field(default_factory=set)
+    shapes: dict[int, tuple[int, ...]] = field(default_factory=dict)
     states: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -77,8 +81,8 @@ def _read(model: PeftModel, adapter_name: str, source: str) -> Start:
         raise ValueError(f"The model has no S0 adapter '{adapter_name}'; it has {sorted(model.peft_config)}.")
     _check(source, config)
     base = model.get_base_model()
-    start = Start(source, type(base).__name__)
-    for name in recurrent_mixers(base):
+    start = Start(source, type(base).__name__, base.config.get_text_config())
+    for name, declaration in recurrent_mixers(base).items():
         mixer = base.get_submodule(name)
         # `layers.<index>.<attribute>`, as all models have it whose states can be exported.
         parts = shared_name(name).split(".", 2)
@@ -86,6 +90,7 @@ def _read(model: PeftModel, adapter_name: str, source: str) -> Start:
             raise ValueError(f"The name '{name}' does not say which layer it is of.")
         index = int(parts[1])
         start.mixers[index] = mixer
+        start.shapes[index] = declaration.state_shape(mixer)
         start.attributes.add(parts[2])
         if has_layer(mixer) and adapter_name in layer_of(mixer).configs:
             with torch.no_grad():

@@ -1,0 +1,77 @@
+"""Tiny models in mlx-lm beside the same models in transformers, in float32 on a CPU."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from architectures import ARCHITECTURES
+from mlx_lm.utils import load_model
+from torch import Tensor
+from transformers import PreTrainedModel
+from tuned import Tuned, tune
+
+# What mlx-lm calls them, and what it must be told of their configs.
+NAMES: dict[str, dict[str, Any]] = {
+    "qwen3_5": {"model_type": "qwen3_5"},
+    "qwen3_5_moe": {"model_type": "qwen3_5_moe"},
+    "qwen3_next": {},
+    "falcon_h1": {},
+    "granitemoehybrid": {},
+    "mamba2": {},
+    "nemotron_h": {},
+}
+ROWS = {row.name: row for row in ARCHITECTURES if row.name in NAMES}
+
+
+def save_for_mlx(model: PreTrainedModel, folder: Path, **changes: Any) -> Path:
+    """A model's folder as mlx-lm loads it."""
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    theta = (config.get("rope_parameters") or {}).get("rope_theta")
+    if theta is not None:
+        config["rope_theta"] = theta
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return folder
+
+
+@dataclass
+class Case:
+    """One architecture with random states, and the base model in mlx-lm."""
+
+    name: str
+    tuned: Tuned
+    model: Any
+
+    def logits(self, ids: Tensor, cache: list[Any] | None = None) -> Tensor:
+        """Of mlx-lm, float32 [rows, tokens, vocabulary]."""
+        return torch.from_numpy(np.array(self.model(mx.array(ids.numpy()), cache=cache).astype(mx.float32)))
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The base models, by the names of the table."""
+    folder = tmp_path_factory.mktemp("mlx")
+    return {name: save_for_mlx(ROWS[name].build(), folder / name, **NAMES[name]) for name in NAMES}
+
+
+@pytest.fixture
+def make_case(folders: dict[str, Path]) -> Callable[..., Case]:
+    """Makes a case from an architecture's name and fields of S0Config."""
+
+    def make(name: str, **config: Any) -> Case:
+        return Case(name, tune(ROWS[name], **config), load_model(folders[name])[0])
+
+    return make
+
+
+@pytest.fixture(params=NAMES)
+def case(request: pytest.FixtureRequest, make_case: Callable[..., Case]) -> Case:
+    return make_case(request.param)
