@@ -1,8 +1,8 @@
 """Tuned states for mlx-lm, as a prompt cache of no tokens.
 
-mlx-lm keeps what a model has seen of a prompt in a list of caches, one for each layer that has any, and writes and reads
-such a list as a safetensors file. A file made here is the list of a sequence that has no token yet: keys and values are
-empty, convolutions have seen zeros, and recurrent states are the tuned ones. It is written without mlx.
+mlx-lm keeps what a model has seen of a prompt in a list of caches, one for each layer that has any, and writes and
+reads such a list as a safetensors file. A file made here is the list of a sequence that has no token yet: keys and
+values are empty, convolutions have seen zeros, and recurrent states are the tuned ones. It is written without mlx.
 
 The format has been read in mlx-lm's source and is tested with the version below. It may change with any other.
 """
@@ -107,7 +107,7 @@ def _layers(start: Start, dtype: torch.dtype) -> list[tuple[str, Any]]:
 
 
 def _arrays(start: Start, layer: int, family: str, dtype: torch.dtype) -> list[Any]:
-    """What a recurrent layer keeps: the last inputs of its convolution, its state; padding and lengths, which are not."""
+    """What a recurrent layer keeps: the last inputs of its convolution, its state, and no paddings nor lengths."""
     mixer: nn.Module = start.mixers[layer]
     weight: Any = mixer.conv1d.weight  # type: ignore[union-attr]
     convolution = torch.zeros(1, weight.shape[-1] - 1, weight.shape[0], dtype=dtype)

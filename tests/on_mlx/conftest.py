@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +19,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from tuned import Tuned, tune
 
-# What mlx-lm calls them, and what it must be told of their configs.
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+# What mlx-lm must be told of their configs: it reads those of models on the Hub, of which some are older.
 NAMES: dict[str, dict[str, Any]] = {
     "qwen3_5": {"model_type": "qwen3_5"},
     "qwen3_5_moe": {"model_type": "qwen3_5_moe"},
-    "qwen3_next": {},
+    "qwen3_next": {"partial_rotary_factor": 0.25},
     "falcon_h1": {},
-    "granitemoehybrid": {},
-    "mamba2": {},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba"]},
+    "mamba2": {"intermediate_size": 128},
     "nemotron_h": {},
 }
 ROWS = {row.name: row for row in ARCHITECTURES if row.name in NAMES}
@@ -33,7 +37,8 @@ ROWS = {row.name: row for row in ARCHITECTURES if row.name in NAMES}
 
 def save_for_mlx(model: PreTrainedModel, folder: Path, **changes: Any) -> Path:
     """A model's folder as mlx-lm loads it."""
-    model.save_pretrained(folder)
+    # On the Hub, the experts of Qwen3.5 are one tensor.
+    model.save_pretrained(folder, save_original_format=changes.get("model_type") != "qwen3_5_moe")
     config = json.loads((folder / "config.json").read_text())
     theta = (config.get("rope_parameters") or {}).get("rope_theta")
     if theta is not None:
