@@ -30,6 +30,7 @@ ELSEWHERE = {
     "README.md": "test_examples.py",
     "alpha.md": "test_calibrate.py",
     "llama-cpp.md": "llama/test_server.py",
+    "mlx.md": "on_mlx/test_cache.py",
     "serving-http.md": "test_serving.py",
     "serving-many-tasks.md": "test_bank.py",
 }

@@ -91,6 +91,7 @@ def _layers(start: Start, dtype: torch.dtype) -> list[tuple[str, Any]]:
         raise ValueError(
             f"{start.source} is for a {start.model_class}. States can be exported to mlx-lm for {', '.join(SUPPORTED)}."
         )
+    _check_groups(start, family)
     caches: list[tuple[str, Any]] = []
     for layer, kind in enumerate(start.config.layer_types):
         empty = ("KVCache", [None, None, 0])
@@ -104,6 +105,17 @@ def _layers(start: Start, dtype: torch.dtype) -> list[tuple[str, Any]]:
         elif "attention" in kind:
             caches.append(empty)
     return caches
+
+
+def _check_groups(start: Start, family: str) -> None:
+    """Refuse models that mlx-lm runs otherwise than transformers: with groups, it normalises over all of them."""
+    normalises = family in ("Mamba2", "GraniteMoeHybrid") or getattr(start.config, "mamba_rms_norm", False)
+    groups = max((int(getattr(mixer, "n_groups", 1)) for mixer in start.mixers.values()), default=1)
+    if family in _MAMBA2 and family != "NemotronH" and normalises and groups > 1:
+        raise ValueError(
+            f"{start.source} is for a {start.model_class} whose heads share keys in {groups} groups. mlx-lm {MLX_LM} "
+            "normalises over all groups together, so that the model answers otherwise there, also without a state."
+        )
 
 
 def _arrays(start: Start, layer: int, family: str, dtype: torch.dtype) -> list[Any]:

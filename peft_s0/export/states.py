@@ -80,7 +80,7 @@ def _read(model: PeftModel, adapter_name: str, source: str) -> Start:
     if not isinstance(config, S0Config):
         raise ValueError(f"The model has no S0 adapter '{adapter_name}'; it has {sorted(model.peft_config)}.")
     _check(source, config)
-    base = model.get_base_model()
+    base: Any = model.get_base_model()
     start = Start(source, type(base).__name__, base.config.get_text_config())
     for name, declaration in recurrent_mixers(base).items():
         mixer = base.get_submodule(name)

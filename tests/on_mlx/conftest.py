@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from architectures import ARCHITECTURES
+from architectures import ARCHITECTURES, Architecture
 from mlx_lm.utils import load_model
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -28,11 +29,25 @@ NAMES: dict[str, dict[str, Any]] = {
     "qwen3_5_moe": {"model_type": "qwen3_5_moe"},
     "qwen3_next": {"partial_rotary_factor": 0.25},
     "falcon_h1": {},
-    "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba"]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba"], "position_embedding_type": "nope"},
     "mamba2": {"intermediate_size": 128},
     "nemotron_h": {},
 }
-ROWS = {row.name: row for row in ARCHITECTURES if row.name in NAMES}
+
+
+def for_mlx(architecture: Architecture) -> Architecture:
+    """An architecture that mlx-lm runs as transformers do."""
+
+    def config() -> Any:
+        made = architecture.config()
+        if architecture.name == "mamba2":
+            made.n_groups = 1
+        return made
+
+    return dataclasses.replace(architecture, config=config)
+
+
+ROWS = {row.name: for_mlx(row) for row in ARCHITECTURES if row.name in NAMES}
 
 
 def save_for_mlx(model: PreTrainedModel, folder: Path, **changes: Any) -> Path:

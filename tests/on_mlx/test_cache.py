@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 from tuned import tune
 
-from on_mlx.conftest import EXAMPLES, NAMES, ROWS, Case, save_for_mlx
+from on_mlx.conftest import EXAMPLES, ROWS, Case, save_for_mlx
 from peft_s0 import S0Config
 from peft_s0.export.mlx import MLX_LM, SUPPORTED, write_cache
 
@@ -67,7 +67,7 @@ def test_the_file_is_as_mlx_lm_writes_it(case: Case, tmp_path: Path) -> None:
     assert metadata == {"model": "folder", "tokenizer_config": "{}"}
     save_prompt_cache(str(tmp_path / "theirs.safetensors"), cache, metadata)
     with safe_open(file, "np") as own, safe_open(tmp_path / "theirs.safetensors", "np") as theirs:
-        assert own.metadata() == {**theirs.metadata(), **dict.fromkeys(own.metadata().keys() - theirs.metadata().keys())}
+        assert own.metadata() == {name: said for name, said in theirs.metadata().items() if name != "format"}
         assert sorted(own.keys()) == sorted(theirs.keys())
         for name in own.keys():  # noqa: SIM118 - no dict
             ours, other = own.get_tensor(name), theirs.get_tensor(name)
@@ -92,7 +92,8 @@ def test_a_saved_adapter_gives_the_same_file(make_case: MakeCase, folders: dict[
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_models_dtype_stays(make_case: MakeCase, folders: dict[str, Path], tmp_path: Path, dtype: str) -> None:
     """Zeros of another dtype would turn all that follows into theirs."""
-    for name in NAMES:
+    # Not those with experts, which mlx runs on a CPU in float32 alone.
+    for name in ("qwen3_5", "falcon_h1", "mamba2", "nemotron_h"):
         case = make_case(name)
         case.model.set_dtype(getattr(mx, dtype))
         file = write_cache(case.tuned.model, tmp_path / f"{name}.safetensors", dtype=dtype)
@@ -140,9 +141,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     for seed, task in enumerate(("first", "second")):
         torch.manual_seed(seed)
         model = get_peft_model(load_base(), S0Config(alpha=2.0, init_weights=1.0)).eval()
-        files[task] = write_cache(
-            model, folder / f"{task}.safetensors", dtype="float32", model=str(folder / "model")
-        )
+        files[task] = write_cache(model, folder / f"{task}.safetensors", dtype="float32", model=str(folder / "model"))
         model.save_pretrained(folder / task)
         answers[task] = complete(model, tokenizer, PROMPTS)
     assert all(len({answers[task][i] for task in answers}) == 3 for i in range(len(PROMPTS)))
@@ -204,6 +203,8 @@ def test_what_is_refused(make_case: MakeCase, tmp_path: Path) -> None:
     for row in ARCHITECTURES:
         if row.name in ("olmo_hybrid", "bamba", "kimi_linear", "jamba"):
             refuses(r"is for a \w+ForCausalLM. States can be exported to mlx-lm for Qwen3Next, ", tune(row).model)
+        if row.name == "mamba2":
+            refuses("a Mamba2ForCausalLM whose heads share keys in 2 groups. mlx-lm .* normalises", tune(row).model)
     write_cache(model, tmp_path / "there.safetensors")
     with pytest.raises(FileExistsError, match="exists"):
         write_cache(model, tmp_path / "there.safetensors")
