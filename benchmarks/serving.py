@@ -2,11 +2,12 @@
 
     python benchmarks/serving.py [--rounds 3] [--clients 32] [--requests 128] [--json FILE]
 
-One process serves, another asks: each client sends its next request when it has the answer to the last, and requests go
-round the tasks, for 8 to 56 tokens. The model is a random Qwen3.5 of 8 layers, on one thread; all candidates run in the
-same engine, with the same prompts and lengths. LoRA is PEFT's, with `adapter_names` for each row in every step. Requests
-are counted by the processor's time of the process that serves, which is never idle meanwhile, so that other processes do
-not count; latencies are the wall's, and do. Every answer is compared with that of its task alone, one row at a time.
+One process serves, another asks: each client sends its next request when it has the answer to the last, and requests
+go round the tasks, for 8 to 56 tokens. The model is a random Qwen3.5 of 8 layers, on one thread; all candidates run
+in the same engine, with the same prompts and lengths. LoRA is PEFT's, with `adapter_names` for each row in every
+step. Requests are counted by the processor's time of the process that serves, which is never idle meanwhile, so that
+other processes do not count; latencies are the wall's, and do. Every answer is compared with that of its task alone,
+one row at a time.
 
 The last candidate takes a new batch only when the last one is answered, which is how a server around `generate` works.
 """

@@ -58,6 +58,6 @@ def make_engine(
 
 
 def run(engine: Engine, name: str, host: str, port: int) -> None:
-    """Serve until the process is told to stop."""
+    """Serve until the process is told to stop; what runs then has half a minute left."""
     with engine:
-        uvicorn.run(create_app(engine, name), host=host, port=port)
+        uvicorn.run(create_app(engine, name), host=host, port=port, timeout_graceful_shutdown=30)

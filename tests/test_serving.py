@@ -743,7 +743,7 @@ def test_the_command(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it makes of its options; the example runs it whole."""
     seen: list[Any] = []
 
-    def run(app: Any, host: str, port: int) -> None:
+    def run(app: Any, host: str, port: int, timeout_graceful_shutdown: int) -> None:
         seen.append((app.title, host, port))
         with TestClient(app) as client:
             seen.append({model["id"] for model in client.get("/v1/models").json()["data"]})
