@@ -36,6 +36,7 @@ from typer.testing import CliRunner
 
 from peft_s0 import S0Config, StateBank
 from peft_s0.serving import BusyError, ClosedError, Engine, Request, TooLongError, UnknownTaskError
+from peft_s0.serving import batch as batch_module
 from peft_s0.serving.app import create_app
 from peft_s0.serving.batch import Batch
 from peft_s0.serving.text import Writer
@@ -404,6 +405,28 @@ def test_a_step_that_fails_ends_what_runs_and_nothing_else(served: Served) -> No
                 future.result(timeout=60)
         for i, future in enumerate(futures[2:], 2):
             assert future.result(timeout=60).text == served.answers["third"][i]
+
+
+def test_rows_that_cannot_be_put_together_are_lost_and_nothing_else(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_beside, calls = batch_module._put_beside, iter(range(1, 1000))
+
+    def fail_once(layer: Any, new: Any) -> None:
+        if next(calls) == 2:
+            raise RuntimeError("out of memory")
+        put_beside(layer, new)
+
+    with served.engine() as engine:
+        engine._ends, started = set(), []
+        first = engine.submit(served.request(max_tokens=400), started.append)
+        until(lambda: bool(started))
+        monkeypatch.setattr(batch_module, "_put_beside", fail_once)
+        second = engine.submit(served.request(PROMPTS[1], "third", max_tokens=8))
+        with pytest.raises(RuntimeError, match="out of memory"):
+            first.result(timeout=60)
+        assert served.answers["third"][1].startswith(second.result(timeout=60).text)
+        assert len(second.result().tokens) == 8
 
 
 def test_memory_is_bounded(served: Served) -> None:

@@ -58,7 +58,9 @@ class Batch:
         return self._seen.shape[1]
 
     def join(self, prompts: Sequence[Sequence[int]], tasks: Sequence[str]) -> Tensor:
-        """Run prompts and let them decode with the others from now on, as the last rows. If it fails, nothing changed.
+        """Run prompts and let them decode with the others from now on, as the last rows.
+
+        If the prompts fail, nothing is changed. If there is no memory to put them beside the others, all rows are lost.
 
         Args:
             prompts: token ids of each, at least one.
@@ -86,9 +88,14 @@ class Batch:
             self._cache, self._seen = cache, seen
         else:
             columns = max(self.columns, longest)
-            for layer, new in zip(self._cache.layers, cache.layers, strict=True):
-                _put_beside(layer, new)
-            self._seen = torch.cat([_widen(rows, columns) for rows in (self._seen, seen)])
+            try:
+                for layer, new in zip(self._cache.layers, cache.layers, strict=True):
+                    _put_beside(layer, new)
+                self._seen = torch.cat([_widen(rows, columns) for rows in (self._seen, seen)])
+            except Exception:
+                # Some layers have the new rows, and some do not.
+                self.keep([])
+                raise
         self._tasks += tasks
         return output.logits[:, -1]
 

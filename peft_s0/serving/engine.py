@@ -335,8 +335,13 @@ class Engine:
         try:
             logits = self._batch.join([row.request.prompt for row in rows], [row.request.task for row in rows])
         except Exception as error:
+            lost = len(self._batch) < len(self._running)
+            if lost:
+                for row in self._running:
+                    _fail(row, error)
+                self._running = []
             # One of them may be to blame, such as one whose task's file was changed; the others shall not suffer.
-            if len(rows) == 1:
+            if len(rows) == 1 and not lost:
                 _fail(rows[0], error)
             else:
                 for row in rows:
