@@ -277,6 +277,8 @@ class S0Layer(nn.Module, BaseTunerLayer):
         self.slots: Slots | None = None
         self.row_slots: Tensor | None = None
         self._active_adapter: list[str] = []
+        # Where the parameters are, for `set_adapter`: the dicts of their modules, which outlive them.
+        self._held: list[dict[str, Any]] = []
         # Of the instance, as it will be after the first disable_adapter(): a compiled model sees the difference.
         self._disable_adapters = False
         self.handles: list[RemovableHandle] = []
@@ -307,7 +309,20 @@ class S0Layer(nn.Module, BaseTunerLayer):
         if config.learn_alpha:
             alpha = LearntAlpha(self.alpha(adapter_name), config, device, cast)
             self.s0_alpha[adapter_name] = alpha.train(self.training)
+        self._held += self._parameters_of(adapter_name)
         self.set_adapter(self.active_adapters)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """See `BaseTunerLayer.delete_adapter`."""
+        gone = self._parameters_of(adapter_name)
+        self._held = [held for held in self._held if not any(held is other for other in gone)]
+        super().delete_adapter(adapter_name)
+
+    def _parameters_of(self, adapter_name: str) -> list[dict[str, Any]]:
+        """The dicts that an adapter's parameters are in, each as `weight`."""
+        modules: dict[str, Any] = self._modules
+        kinds = [modules[kind]._modules for kind in self.adapter_layer_names]
+        return [holders[adapter_name]._parameters for holders in kinds if adapter_name in holders]
 
     def state(self, adapter_name: str) -> InitialState:
         """The module that holds an adapter's state."""
@@ -336,13 +351,18 @@ class S0Layer(nn.Module, BaseTunerLayer):
             inference_mode: whether their states are frozen.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        for kind in self.adapter_layer_names:
-            for name, holder in cast(nn.Module, self._modules[kind])._modules.items():
-                learns = name in names and not inference_mode
-                for parameter in cast(nn.Module, holder)._parameters.values():
-                    if parameter is not None and parameter.requires_grad != learns:
-                        parameter.requires_grad_(learns)
-        self._active_adapter = names
+        # Whoever is not active is frozen, also where somebody has let it learn. Of the thousands of parameters in a
+        # model with many adapters few do, and asking them is all that this does with the others.
+        learning = [held for held in self._held if held["weight"].requires_grad]
+        active = [] if inference_mode else [held for name in names for held in self._parameters_of(name)]
+        kept = [id(held) for held in active]
+        for held in learning:
+            if id(held) not in kept:
+                held["weight"].requires_grad_(False)
+        for held in active:
+            held["weight"].requires_grad_(True)
+        # Not as an attribute: that of a module takes longer than all else here.
+        vars(self)["_active_adapter"] = names
 
     def alpha(self, adapter_name: str) -> float:
         """The scale of an adapter's state in this layer: what was learnt, else what its config says now.
