@@ -277,6 +277,9 @@ class S0Layer(nn.Module, BaseTunerLayer):
         self.slots: Slots | None = None
         self.row_slots: Tensor | None = None
         self._active_adapter: list[str] = []
+        # Where the parameters are, for `set_adapter`: the dicts of their modules, which outlive them.
+        self._held: dict[str, list[dict[str, Any]]] = {}
+        self._all_held: list[dict[str, Any]] = []
         # Of the instance, as it will be after the first disable_adapter(): a compiled model sees the difference.
         self._disable_adapters = False
         self.handles: list[RemovableHandle] = []
@@ -307,7 +310,20 @@ class S0Layer(nn.Module, BaseTunerLayer):
         if config.learn_alpha:
             alpha = LearntAlpha(self.alpha(adapter_name), config, device, cast)
             self.s0_alpha[adapter_name] = alpha.train(self.training)
+        self._forget(adapter_name)
+        held = [learnt._parameters for learnt in self.learnt_tensors(adapter_name).values()]
+        self._held[adapter_name] = held
+        self._all_held += held
         self.set_adapter(self.active_adapters)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """See `BaseTunerLayer.delete_adapter`."""
+        self._forget(adapter_name)
+        super().delete_adapter(adapter_name)
+
+    def _forget(self, adapter_name: str) -> None:
+        if self._held.pop(adapter_name, None) is not None:
+            self._all_held = [parameters for held in self._held.values() for parameters in held]
 
     def state(self, adapter_name: str) -> InitialState:
         """The module that holds an adapter's state."""
@@ -336,13 +352,18 @@ class S0Layer(nn.Module, BaseTunerLayer):
             inference_mode: whether their states are frozen.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        for kind in self.adapter_layer_names:
-            for name, holder in cast(nn.Module, self._modules[kind])._modules.items():
-                learns = name in names and not inference_mode
-                for parameter in cast(nn.Module, holder)._parameters.values():
-                    if parameter is not None and parameter.requires_grad != learns:
-                        parameter.requires_grad_(learns)
-        self._active_adapter = names
+        # Whoever is not active is frozen, also where somebody has let it learn. With many adapters in the model few do,
+        # and asking is all that is done with the others. (FSDP1 has taken the parameters away.)
+        learning = [held for held in self._all_held if "weight" in held and held["weight"].requires_grad]
+        active = [] if inference_mode else [held for name in names for held in self._held.get(name, ()) if held]
+        kept = [id(held) for held in active]
+        for held in learning:
+            if id(held) not in kept:
+                held["weight"].requires_grad_(False)
+        for held in active:
+            held["weight"].requires_grad_(True)
+        # Not as an attribute: that of a module takes longer than all else here.
+        vars(self)["_active_adapter"] = names
 
     def alpha(self, adapter_name: str) -> float:
         """The scale of an adapter's state in this layer: what was learnt, else what its config says now.

@@ -54,6 +54,34 @@ def compiled(model: nn.Module, backend: str = "aot_eager", fullgraph: bool = Tru
     return torch.compile(model, backend=backend, fullgraph=fullgraph, dynamic=False)
 
 
+class Recorder:
+    """A backend that runs what it is given as it is, and keeps the graphs."""
+
+    def __init__(self) -> None:
+        self.graphs: list[torch.fx.Graph] = []
+
+    def __call__(self, module: torch.fx.GraphModule, inputs: object) -> Callable:
+        self.graphs.append(module.graph)
+        return module.forward
+
+
+def written_out(graph: torch.fx.Graph) -> tuple[set[str], list[object]]:
+    """What a graph is made from, by names in the base model, and what it does with that, line by line."""
+    # The wrappers around the base model, as the source of each tensor spells them.
+    wrappers = "dict_modules_base_model_dict_modules_model_modules_"
+    names: dict[torch.fx.Node, str] = {}
+    inputs, lines = set(), []
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            names[node] = str(node.target).replace(wrappers, "modules_")
+            inputs.add(names[node])
+        else:
+            names[node] = f"line {len(lines)}"
+            arguments = torch.fx.map_arg((node.args, node.kwargs), names.__getitem__)
+            lines.append((node.op, node.target, arguments))
+    return inputs, lines
+
+
 def graphs() -> int:
     """How many graphs were compiled so far."""
     return counters["stats"]["unique_graphs"]
@@ -77,6 +105,25 @@ def test_prefill_and_decode(tuned: Tuned) -> None:
         assert graphs() == prefills + 1
         tuned.assert_equal(torch.cat(logits, dim=1), tuned.expected(ids), tuned.effect(ids))
         cache.reset()
+
+
+@torch.no_grad()
+def test_the_graph_of_a_step_is_the_base_models(tuned: Tuned) -> None:
+    """What is compiled for decoding is the same to the last operation, and made from the same tensors: no state."""
+    ids, positions, found = tuned.ids(2, 9), torch.arange(9).expand(2, -1), []
+    for model in (tuned.base, tuned.model):
+        recorder, cache = Recorder(), StaticCache(config=tuned.model.config, max_cache_len=16)
+        run = torch.compile(model, backend=recorder, fullgraph=True, dynamic=False)
+        for part in (slice(0, 7), slice(7, 8), slice(8, 9)):
+            run(ids[:, part], position_ids=positions[:, part], past_key_values=cache, use_cache=True)
+        prefill, step = (written_out(graph) for graph in recorder.graphs)
+        found.append((prefill, step))
+        torch._dynamo.reset()
+    (base_prefill, base), (prefill, with_s0) = found
+    assert with_s0 == base
+    # That a difference would be seen: of a prefill the states are a part.
+    assert prefill != base_prefill
+    assert {name for name in prefill[0] - base_prefill[0] if "s0_state" in name}
 
 
 @torch.no_grad()
