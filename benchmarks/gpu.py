@@ -146,7 +146,7 @@ def moved(model: nn.Module, rows: int) -> int:
 
 
 def rows_of(
-    name: str, measured: str, count: int, times: dict[str, list[float]], weight: int | None = None, rate: float = 1.0
+    name: str, measured: str, count: int, times: dict[str, list[float]], size: int | None = None, rate: float = 1.0
 ) -> list[dict[str, object]]:
     """A row of the table for each method.
 
@@ -155,7 +155,7 @@ def rows_of(
         measured: what was measured.
         count: how many tokens it processes.
         times: milliseconds of each round, by method.
-        weight: the bytes that it has to move, None where that does not bound it.
+        size: the bytes that it has to move, None where that does not bound it.
         rate: the bytes a second that the memory copies.
     """
     found = []
@@ -171,7 +171,7 @@ def rows_of(
                 "tokens/s": round(1e3 * count / milliseconds),
                 "ratio": round(median, 3),
                 "quartiles": f"{low:.3f} to {high:.3f}",
-                "of copy rate": "" if weight is None else f"{1e3 * weight / milliseconds / rate:.1%}",
+                "of copy rate": "" if size is None else f"{1e3 * size / milliseconds / rate:.1%}",
             }
         )
     return found
@@ -196,8 +196,8 @@ def measure(name: str, device: str, small: bool, rounds: int) -> list[dict[str, 
     inference = []
     for measured, (count, run) in timed.items():
         times = interleave({method: partial(run, model) for method, model in models.items()}, rounds)
-        weight = moved(models["base"], count) if run.func is decode else None
-        inference += rows_of(name, measured, count, times, weight, rate)
+        size = moved(models["base"], count) if run.func is decode else None
+        inference += rows_of(name, measured, count, times, size, rate)
     ids = tokens(device, ADAPTERS, 128)
     candidates = {"S0, one adapter": partial(prefill, ids, None), "S0, 32 adapters": partial(mixed, ids)}
     times = interleave({key: partial(run, models["S0"]) for key, run in candidates.items()}, rounds)

@@ -45,7 +45,7 @@ from miniature.evaluate import HELD_OUT
 
 BASE, CAPACITY, LONGEST = "base", 32, 56
 NUMBERS = (1, 8, 64)
-# What the paper compares with: rank 24 in the attention and in the recurrent layers.
+# The paper's rank, here in the recurrent layers as well as in the attention, where the paper has it.
 LORA = LoraConfig(r=24, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "in_proj_qkv", "out_proj"])
 
 

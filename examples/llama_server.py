@@ -37,6 +37,13 @@ TASKS = ("right", "one-line")
 CACHE = CacheSettings(flash_attention=False, type_k="f32", type_v="f32")
 
 
+def post(url: str, **body: Any) -> dict[str, Any]:
+    """The answer to a request over HTTP; both are JSON."""
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request) as response:
+        return json.load(response)
+
+
 class Server:
     """llama-server on loopback, with one slot.
 
@@ -90,11 +97,7 @@ class Server:
 
     def post(self, path: str, **body: Any) -> dict[str, Any]:
         """The answer to a request."""
-        request = urllib.request.Request(
-            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request) as response:
-            return json.load(response)
+        return post(self.url + path, **body)
 
     def ask(self, prompt: str, task: str | None, length: int = 32) -> str:
         """The greedy answer to a prompt; without a task, the base model's.

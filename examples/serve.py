@@ -7,11 +7,9 @@ a process of its own. All answers are compared with those of transformers with t
 """
 
 import argparse
-import json
 import re
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -20,7 +18,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
-from llama_server import TASKS, train
+from llama_server import TASKS, post, train
 from miniature.base import FOLDER, load_base, load_tokenizer
 from miniature.evaluate import HELD_OUT, complete
 
@@ -47,12 +45,8 @@ def server(folder: Path) -> Iterator[str]:
 
 def ask(url: str, task: str, prompt: str) -> str:
     """The greedy answer to a prompt. Any client of OpenAI's API does the same."""
-    body = {"model": task, "prompt": prompt, "max_tokens": 32, "temperature": 0}
-    request = urllib.request.Request(
-        f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request) as response:
-        return json.load(response)["choices"][0]["text"]
+    answer = post(f"{url}/v1/completions", model=task, prompt=prompt, max_tokens=32, temperature=0)
+    return answer["choices"][0]["text"]
 
 
 def main() -> None:
