@@ -58,13 +58,6 @@ def attach(mixer: nn.Module, layer: S0Layer) -> None:
         # Always, so that a mixer that raises leaves nothing frozen behind.
         mixer.register_forward_hook(_after_mixer, with_kwargs=True, always_call=True),
     ]
-    tap(mixer)
-
-
-def tap(mixer: nn.Module) -> None:
-    """Tap the parts of a mixer that its tuner layer has something to do with."""
-    layer = layer_of(mixer)
-    layer.handles.extend(taps.install(mixer, layer.parts))
 
 
 def detach(mixer: nn.Module) -> None:
@@ -72,8 +65,6 @@ def detach(mixer: nn.Module) -> None:
     layer = layer_of(mixer)
     for handle in layer.handles:
         handle.remove()
-    readout = layer.declaration.readout
-    taps.uninstall(mixer, layer.declaration.parts + (() if readout is None else readout.parts))
     delattr(mixer, CHILD)
 
 
@@ -358,7 +349,6 @@ def _append_pad(mixer: nn.Module, layer: S0Layer, call: Call, kwargs: dict[str, 
 
 
 def _enter(mixer: nn.Module, layer: S0Layer, call: Call, past: Tensor | None = None) -> Any:
-    tap(mixer)
     layer.call = call
     entered = layer.declaration.enter(mixer, call)
     _read_offsets(mixer, layer, call.offsets, past)
