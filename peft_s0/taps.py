@@ -26,8 +26,10 @@ class Tap(nn.Module):
 
     def __init__(self, part: nn.Module) -> None:
         super().__init__()
-        # In a tuple, so that it is no child: the names of weights stay as they are.
+        # In a tuple, so that it is no child. Its tensors and children are the tap's, under the names they have: a call
+        # that was interrupted from the keyboard has hidden none of them.
         self.holds = (part,)
+        self._parameters, self._buffers, self._modules = part._parameters, part._buffers, part._modules
         self.on_output: Action | None = None
         self.on_input: Action | None = None
         self.on_arguments: Callable[[dict[str, Any]], dict[str, Any]] | None = None
@@ -44,7 +46,7 @@ class Tap(nn.Module):
         return output if changed is None else changed
 
     def __getattr__(self, name: str) -> Any:
-        # A mixer may read a part's weight.
+        # A mixer may read a part's weight, or what else it has.
         return getattr(self.holds[0], name)
 
 
