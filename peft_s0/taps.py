@@ -24,15 +24,17 @@ class Tap(nn.Module):
         part: the part, with all that other adapters have put around it.
     """
 
+    part: nn.Module
+    on_output: Action | None = None
+    on_input: Action | None = None
+    on_arguments: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+
     def __init__(self, part: nn.Module) -> None:
         super().__init__()
-        # In a tuple, so that it is no child. Its tensors and children are the tap's, under the names they have: a call
-        # that was interrupted from the keyboard has hidden none of them.
-        self.holds = (part,)
-        self._parameters, self._buffers, self._modules = part._parameters, part._buffers, part._modules
-        self.on_output: Action | None = None
-        self.on_input: Action | None = None
-        self.on_arguments: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+        # Its tensors and children are the tap's, under the names they have: a call that was interrupted from the
+        # keyboard has hidden none of them. It is no child itself. Not as attributes, which take a module long to set.
+        shared = {"_parameters": part._parameters, "_buffers": part._buffers, "_modules": part._modules}
+        vars(self).update(shared, part=part)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The part's output, as the actions change it."""
@@ -41,13 +43,13 @@ class Tap(nn.Module):
             args = args if changed is None else (changed, *args[1:])
         if self.on_arguments is not None:
             kwargs = self.on_arguments(kwargs)
-        output = self.holds[0](*args, **kwargs)
+        output = self.part(*args, **kwargs)
         changed = None if self.on_output is None else self.on_output(output)
         return output if changed is None else changed
 
     def __getattr__(self, name: str) -> Any:
         # A mixer may read a part's weight, or what else it has.
-        return getattr(self.holds[0], name)
+        return getattr(self.part, name)
 
 
 def on_output(mixer: nn.Module, part: str, action: Action) -> None:
@@ -81,7 +83,7 @@ def clear(mixer: nn.Module, parts: tuple[str, ...]) -> None:
     for part in parts:
         tap = getattr(mixer, part, None)
         if isinstance(tap, Tap):
-            setattr(mixer, part, tap.holds[0])
+            setattr(mixer, part, tap.part)
 
 
 def _both(first: Action, second: Action, output: Tensor) -> Tensor | None:
