@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 
 from . import kernels, padding, taps
 from .layer import S0Layer
-from .mixers import Call, find_mixer, parameter_names
+from .mixers import Call, Mixer, find_mixer, parameter_names
 from .mixers.views import JoinedRows, Stored, join_rows
 from .offset import Reading
 from .packing import PACKING_ARGUMENTS, Carried, Documents, find_boundaries, find_documents, refuse_boundaries
@@ -28,7 +28,7 @@ from .packing import PACKING_ARGUMENTS, Carried, Documents, find_boundaries, fin
 CHILD = "s0"
 # Marks on a model, its backbones, and the layers around its mixers.
 _WATCH, _SAYS, _HEARS = "s0_watch", "s0_says", "s0_hears"
-_LAYERS, _COURIER = "s0_layers", "s0_courier"
+_TUNED, _COURIER = "s0_tuned", "s0_courier"
 
 
 @dataclass
@@ -36,6 +36,20 @@ class Announcement:
     """What a module says of its call to those inside it that the call's arguments do not reach."""
 
     told: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Tuned:
+    """The tuner layers of a backbone, and the declarations of their mixers, each once."""
+
+    layers: list[S0Layer] = field(default_factory=list)
+    declarations: list[Mixer] = field(default_factory=list)
+
+    def add(self, layer: S0Layer) -> None:
+        """Note a layer."""
+        self.layers.append(layer)
+        if layer.declaration not in self.declarations:
+            self.declarations.append(layer.declaration)
 
 
 def layer_of(mixer: nn.Module) -> S0Layer:
@@ -56,24 +70,16 @@ def attach(mixer: nn.Module, layer: S0Layer) -> None:
     layer.handles = [
         mixer.register_forward_pre_hook(_before_mixer, with_kwargs=True),
         # Always, so that a mixer that raises leaves nothing frozen behind.
-        mixer.register_forward_hook(_after_mixer, with_kwargs=True, always_call=True),
+        mixer.register_forward_hook(_after_mixer, always_call=True),
     ]
-    tap(mixer)
-
-
-def tap(mixer: nn.Module) -> None:
-    """Tap the parts of a mixer that its tuner layer has something to do with."""
-    layer = layer_of(mixer)
-    layer.handles.extend(taps.install(mixer, layer.parts))
 
 
 def detach(mixer: nn.Module) -> None:
     """Undo `attach`."""
     layer = layer_of(mixer)
+    _clean(mixer, layer)
     for handle in layer.handles:
         handle.remove()
-    readout = layer.declaration.readout
-    taps.uninstall(mixer, layer.declaration.parts + (() if readout is None else readout.parts))
     delattr(mixer, CHILD)
 
 
@@ -86,8 +92,8 @@ def watch(model: nn.Module) -> None:
     """
     modules = dict(model.named_modules())
     for module in modules.values():
-        if _LAYERS in vars(module):
-            delattr(module, _LAYERS)
+        if _TUNED in vars(module):
+            delattr(module, _TUNED)
     for name, mixer in modules.items():
         if not has_layer(mixer):
             continue
@@ -95,7 +101,7 @@ def watch(model: nn.Module) -> None:
         if backbone is None:
             continue
         _hook(backbone, _before_backbone)
-        vars(backbone).setdefault(_LAYERS, []).append(layer_of(mixer))
+        vars(backbone).setdefault(_TUNED, Tuned()).add(layer_of(mixer))
         if backbone is not model:
             _hook(model, _before_model)
             setattr(backbone, _HEARS, getattr(model, _SAYS))
@@ -114,7 +120,7 @@ def unwatch(model: nn.Module) -> None:
         for module in model.modules():
             if _WATCH in vars(module):
                 vars(module).pop(_WATCH).remove()
-                for mark in (_SAYS, _HEARS, _LAYERS, _COURIER):
+                for mark in (_SAYS, _HEARS, _TUNED, _COURIER):
                     vars(module).pop(mark, None)
 
 
@@ -148,20 +154,19 @@ def _before_backbone(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     says.told = {}
     tokens = next((arguments[name].shape[1] for name in ("input_ids", "inputs_embeds") if name in arguments), 0)
     packing = {name: arguments[name] for name in PACKING_ARGUMENTS if name in arguments}
-    mask, tuned = arguments.get("attention_mask"), cast(list[S0Layer], getattr(backbone, _LAYERS))
-    declarations = dict.fromkeys([layer.declaration for layer in tuned])
+    mask, tuned = arguments.get("attention_mask"), cast(Tuned, getattr(backbone, _TUNED))
     positions = arguments.get("position_ids") if mask is None and not packing else None
     compiling = torch.compiler.is_compiling()
     if not compiling:
         packing = packing or find_boundaries(positions)
-    couriers = [declaration.courier for declaration in declarations if declaration.courier is not None]
+    couriers = [declaration.courier for declaration in tuned.declarations if declaration.courier is not None]
     told = dict(packing) if couriers else {}
     if any(courier.mask for courier in couriers) and tokens > 1 and padding.pads_of(mask, tokens) is not None:
         told["attention_mask"] = mask
-    checking = [declaration for declaration in declarations if declaration.checks]
+    checking = [declaration for declaration in tuned.declarations if declaration.checks]
     if not packing and not told and not checking and (positions is None or not compiling):
         return None
-    layers = [layer for layer in tuned if layer.participates]
+    layers = [layer for layer in tuned.layers if layer.participates]
     if not layers:
         return None
     for declaration in checking:
@@ -221,14 +226,16 @@ def _before_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 def _before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     layer = layer_of(mixer)
-    declaration, courier, unchanged = layer.declaration, layer.declaration.courier, None
-    if args and (layer.participates or courier is not None or layer.routing.rows is not None):
+    _clean(mixer, layer)
+    declaration, participates, unchanged = layer.declaration, layer.participates, None
+    courier = declaration.courier
+    if args and (participates or courier is not None or layer.routing.rows is not None):
         kwargs = {**dict(zip(parameter_names(type(mixer)), args, strict=False)), **kwargs}
     if courier is not None and isinstance(kwargs.get(courier.argument), Carried):
         carried = cast(Carried, kwargs[courier.argument])
         unchanged = (), {**kwargs, courier.argument: carried.value}
         kwargs = {**kwargs, courier.argument: carried.value, **carried.told}
-    if not layer.participates:
+    if not participates:
         if layer.routing.rows is not None:
             layer.routing.rows.check(kwargs[declaration.input_argument].shape[0])
         return unchanged
@@ -251,11 +258,12 @@ def _continue(mixer: nn.Module, layer: S0Layer, kwargs: dict[str, Any]) -> dict[
     declaration = layer.declaration
     cache: Any = kwargs.get(declaration.cache_argument)
     hidden_states, mask = kwargs[declaration.input_argument], kwargs.get("attention_mask")
-    batch, tokens = hidden_states.shape[:2]
-    pads = padding.pads_of(mask, tokens)
+    tokens = hidden_states.shape[1]
+    pads = None if mask is None else padding.pads_of(mask, tokens)
     resumes = declaration.resumes(tokens, pads, cache) and layer.starts
     if not resumes and not layer.reads:
         return None
+    batch = hidden_states.shape[0]
     call = Call(cache, None, None, offsets=layer.offsets(batch))
     if resumes:
         call.rows = layer.learnt(layer.start_states(batch, hidden_states.device))
@@ -358,7 +366,6 @@ def _append_pad(mixer: nn.Module, layer: S0Layer, call: Call, kwargs: dict[str, 
 
 
 def _enter(mixer: nn.Module, layer: S0Layer, call: Call, past: Tensor | None = None) -> Any:
-    tap(mixer)
     layer.call = call
     entered = layer.declaration.enter(mixer, call)
     _read_offsets(mixer, layer, call.offsets, past)
@@ -374,19 +381,29 @@ def _read_offsets(
         Reading(mixer, readout, past, partial(layer.read_offsets, offsets)).engage()
 
 
-def _after_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+def _after_mixer(mixer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     layer = layer_of(mixer)
     call = layer.call
     if call is None:
         return None
-    layer.call = None
-    layer.declaration.leave(mixer, call)
-    if call.offsets:
-        taps.clear(mixer, layer.parts)
+    _leave(mixer, layer, call)
     if output is None:
         return None
     output = layer.declaration.returned(call, output)
     return output if call.join is None else call.join(output)
+
+
+def _clean(mixer: nn.Module, layer: S0Layer) -> None:
+    """Undo what a call has left that was interrupted from the keyboard: no hook runs after it."""
+    if layer.call is not None:
+        _leave(mixer, layer, layer.call)
+
+
+def _leave(mixer: nn.Module, layer: S0Layer, call: Call) -> None:
+    layer.call = None
+    layer.declaration.leave(mixer, call)
+    if call.offsets:
+        taps.clear(mixer, layer.parts)
 
 
 def _run_base_rows(

@@ -398,7 +398,8 @@ class S0Layer(nn.Module, BaseTunerLayer):
 
     def _holds(self, kind: str) -> bool:
         """Whether an adapter of the next call has a tensor of this kind. Asked at every token, so no call too many."""
-        return _any_in(self._called, cast(nn.Module, self._modules[kind])._modules)
+        held = cast(nn.Module, self._modules[kind])._modules
+        return bool(held) and _any_in(self._called, held)
 
     @property
     def _called(self) -> Sequence[str]:
@@ -414,12 +415,11 @@ class S0Layer(nn.Module, BaseTunerLayer):
             train_alpha * S if `train_alpha` is set. Never the parameter itself nor a view of it, since kernels may
             write to it.
         """
-        state, factor = self._scaled(adapter_name)
-        return state * factor
+        return self._read(self.state(adapter_name), adapter_name, _as_it_is)
 
     def effective_offset(self, adapter_name: str) -> Tensor:
         """What an adapter adds to the state where it is read: [heads, ...] in float32, scaled as its state is."""
-        return self._read(adapter_name, lambda offset: offset.clone())
+        return self._read(self.s0_offset[adapter_name], adapter_name, _as_it_is)
 
     def offsets(self, batch: int, documents: Sequence[int] | None = None) -> list[tuple[str, list[int] | None]]:
         """The adapters whose offsets are read in a call that this layer participates in.
@@ -458,7 +458,7 @@ class S0Layer(nn.Module, BaseTunerLayer):
         """
         total: Tensor | None = None
         for name, rows in offsets:
-            read = self._read(name, partial(product, query if rows is None else query[rows]))
+            read = self._read(self.s0_offset[name], name, partial(product, query if rows is None else query[rows]))
             if rows is not None:
                 total = read.new_zeros(query.shape[0], *read.shape[1:]) if total is None else total
                 total[rows] = read
@@ -544,14 +544,14 @@ class S0Layer(nn.Module, BaseTunerLayer):
         """An adapter's state and the factor that it is still to be multiplied by."""
         return self._scale(adapter_name, self.state(adapter_name)())
 
-    def _read(self, adapter_name: str, product: Callable[[Tensor], Tensor]) -> Tensor:
-        """A linear function of an adapter's scaled offset; the offset is nowhere copied where it need not be."""
+    def _read(self, held: nn.Module, adapter_name: str, product: Callable[[Tensor], Tensor]) -> Tensor:
+        """A linear function of an adapter's scaled state or offset, which is nowhere copied where it need not be."""
 
-        def read(offset: Tensor) -> Tensor:
-            offset, factor = self._scale(adapter_name, offset)
-            return product(offset) * factor
+        def read(state: Tensor) -> Tensor:
+            state, factor = self._scale(adapter_name, state)
+            return product(state) * factor
 
-        result: Tensor = self.s0_offset[adapter_name](read)
+        result: Tensor = held(read)
         return result
 
     def _scale(self, adapter_name: str, state: Tensor) -> tuple[Tensor, float | Tensor]:
@@ -611,6 +611,10 @@ class S0Layer(nn.Module, BaseTunerLayer):
     def forward(self, *args: Any, **kwargs: Any) -> None:
         """Never called; raises RuntimeError."""
         raise RuntimeError("An S0 layer is not called; it acts through the hooks of its mixer.")
+
+
+def _as_it_is(state: Tensor) -> Tensor:
+    return state
 
 
 def _any_in(names: Sequence[str], held: Mapping[str, Any]) -> bool:

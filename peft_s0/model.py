@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from .alpha import check_alpha, fit_pattern, layer_key
 from .card import tag_model, untag_model
 from .config import S0Config, load_config
-from .injection import CHILD, attach, detach, has_layer, layer_of, tap, unwatch, watch
+from .injection import CHILD, attach, detach, has_layer, layer_of, unwatch, watch
 from .layer import MERGE_ERROR, S0Layer, check_finite, set_alpha_keys
 from .mixers import Mixer, find_mixer, registered_mixers
 from .mixers.refused import looks_recurrent, refused
@@ -177,7 +177,6 @@ class S0Model(BaseTuner):
             attach(target, S0Layer(target, declaration).train(target.training))
         set_alpha_keys(adapter_name, peft_config, {current_key: layer_of(target)})
         layer_of(target).update_layer(adapter_name, peft_config, _device(target), casts_parameters(self.model))
-        tap(target)
 
     def inject_adapter(
         self,

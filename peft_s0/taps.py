@@ -1,87 +1,89 @@
-"""Taps: permanent hooks on the parts of a mixer that do nothing until a call of the mixer gives them something to do.
+"""Taps: what stands in the place of a mixer's parts for one call, to see and change what goes in and comes out.
 
 A mixer computes its decay, its gates and its read-out in submodules. Freezing a gate at pads, or adding what a state
-contributes to the output, is done on the way out of, or into, such a part. The hooks stay; what they do is set for one
-call and taken off after it, since registering hooks for each call would break `torch.compile`.
+contributes to the output, is done on the way out of, or into, such a part. A tap is put in the part's place before the
+call, and the part back after it. So parts have no hooks, which would cost time in every call, decoding included; and
+`torch.compile` can follow, which does not hold for hooks that come and go.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 Action = Callable[[Tensor], "Tensor | None"]
 
-_OUTPUT, _INPUT, _ARGUMENTS = "s0_on_output", "s0_on_input", "s0_on_arguments"
 
-
-def install(mixer: nn.Module, parts: tuple[str, ...]) -> list[RemovableHandle]:
-    """Tap parts of a mixer that are not tapped yet.
-
-    Called again before each call that sets an action, for a part may have been exchanged for another module meanwhile:
-    wrapped by another adapter, merged, quantised.
+class Tap(nn.Module):
+    """A part of a mixer, and what is done with its input and output.
 
     Args:
-        mixer: the mixer.
-        parts: attributes that hold the parts; a mixer may lack some.
-
-    Returns:
-        Handles of the hooks that were added.
+        part: the part, with all that other adapters have put around it.
     """
-    if torch.compiler.is_compiling():
-        return []
-    handles = []
-    for part in parts:
-        for module in _wrapped(mixer, part):
-            if _OUTPUT not in vars(module):
-                for action in (_OUTPUT, _INPUT, _ARGUMENTS):
-                    setattr(module, action, None)
-                handles.append(module.register_forward_hook(_after_part))
-                handles.append(module.register_forward_pre_hook(_before_part, with_kwargs=True))
-    return handles
+
+    part: nn.Module
+    on_output: Action | None = None
+    on_input: Action | None = None
+    on_arguments: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        # Its tensors and children are the tap's, under the names they have: a call that was interrupted from the
+        # keyboard has hidden none of them. It is no child itself. Not as attributes, which take a module long to set.
+        shared = {"_parameters": part._parameters, "_buffers": part._buffers, "_modules": part._modules}
+        vars(self).update(shared, part=part)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The part's output, as the actions change it."""
+        if self.on_input is not None:
+            changed = self.on_input(args[0])
+            args = args if changed is None else (changed, *args[1:])
+        if self.on_arguments is not None:
+            kwargs = self.on_arguments(kwargs)
+        output = self.part(*args, **kwargs)
+        changed = None if self.on_output is None else self.on_output(output)
+        return output if changed is None else changed
+
+    def __getattr__(self, name: str) -> Any:
+        # A mixer may read a part's weight, or what else it has.
+        return getattr(self.part, name)
 
 
-def uninstall(mixer: nn.Module, parts: tuple[str, ...]) -> None:
-    """Remove the marks that `install` left; the caller removes the handles."""
-    for part in parts:
-        for module in _wrapped(mixer, part):
-            for action in (_OUTPUT, _INPUT, _ARGUMENTS):
-                vars(module).pop(action, None)
-
-
-def on_output(mixer: nn.Module, part: str, action: Action | None) -> None:
-    """Set what is done with a part's output until it is set to None; a result takes the output's place."""
-    setattr(_tapped(mixer, part), _OUTPUT, action)
+def on_output(mixer: nn.Module, part: str, action: Action) -> None:
+    """Set what is done with a part's output until `clear`; a result takes the output's place."""
+    _tap(mixer, part).on_output = action
 
 
 def also_on_output(mixer: nn.Module, part: str, action: Action) -> None:
     """Like `on_output`, but before what is done with the output already."""
-    present = getattr(_tapped(mixer, part), _OUTPUT)
-    on_output(mixer, part, action if present is None else partial(_both, action, present))
+    tap = _tap(mixer, part)
+    tap.on_output = action if tap.on_output is None else partial(_both, action, tap.on_output)
 
 
-def on_input(mixer: nn.Module, part: str, action: Action | None) -> None:
-    """Set what is done with a part's first input until it is set to None."""
-    setattr(_tapped(mixer, part), _INPUT, action)
+def on_input(mixer: nn.Module, part: str, action: Action) -> None:
+    """Set what is done with a part's first input until `clear`; a result takes the input's place."""
+    _tap(mixer, part).on_input = action
 
 
-def on_arguments(mixer: nn.Module, part: str, action: Callable[[dict[str, Any]], dict[str, Any]] | None) -> None:
-    """Set what is done with a part's keyword arguments until it is set to None; the result takes their place."""
-    setattr(_tapped(mixer, part), _ARGUMENTS, action)
+def on_arguments(mixer: nn.Module, part: str, action: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Set what is done with a part's keyword arguments until `clear`; the result takes their place."""
+    _tap(mixer, part).on_arguments = action
 
 
 def clear(mixer: nn.Module, parts: tuple[str, ...]) -> None:
-    """Take all actions off."""
+    """Put parts back in their places.
+
+    Args:
+        mixer: the mixer.
+        parts: attributes that hold the parts; a mixer may lack some.
+    """
     for part in parts:
-        for module in _wrapped(mixer, part):
-            for action in (_OUTPUT, _INPUT, _ARGUMENTS):
-                if vars(module).get(action) is not None:
-                    setattr(module, action, None)
+        tap = getattr(mixer, part, None)
+        if isinstance(tap, Tap):
+            setattr(mixer, part, tap.part)
 
 
 def _both(first: Action, second: Action, output: Tensor) -> Tensor | None:
@@ -90,35 +92,10 @@ def _both(first: Action, second: Action, output: Tensor) -> Tensor | None:
     return changed if again is None else again
 
 
-def _before_part(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    on_input, on_arguments = getattr(module, _INPUT), getattr(module, _ARGUMENTS)
-    if on_input is None and on_arguments is None:
-        return None
-    changed = None if on_input is None else on_input(args[0])
-    if changed is not None:
-        args = (changed, *args[1:])
-    return args, kwargs if on_arguments is None else on_arguments(kwargs)
-
-
-def _after_part(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-    action = getattr(module, _OUTPUT)
-    return None if action is None else action(output)
-
-
-def _wrapped(mixer: nn.Module, part: str) -> Iterator[nn.Module]:
-    """A part and what it wraps: adapters (LoRA) put themselves in a part's place and keep it as `base_layer`."""
-    module = getattr(mixer, part, None)
-    while isinstance(module, nn.Module):
-        yield module
-        module = getattr(module, "base_layer", None)
-
-
-def _tapped(mixer: nn.Module, part: str) -> nn.Module:
-    """The outermost module of a part that is tapped, so that other adapters' share is seen, too."""
-    for module in _wrapped(mixer, part):
-        if _OUTPUT in vars(module):
-            return module
-    raise RuntimeError(
-        f"'{part}' of {type(mixer).__name__} was exchanged for another module after S0 was attached, and the model was "
-        "compiled before it ran. Call the model once before torch.compile."
-    )
+def _tap(mixer: nn.Module, part: str) -> Tap:
+    present = getattr(mixer, part)
+    if isinstance(present, Tap):
+        return present
+    tap = Tap(present)
+    setattr(mixer, part, tap)
+    return tap

@@ -27,6 +27,7 @@ from tuned import Tuned, tune
 
 from peft_s0 import S0Config
 from peft_s0._versions import require_transformers
+from peft_s0.taps import Tap
 
 
 def untouched(model: nn.Module) -> bool:
@@ -382,23 +383,46 @@ def test_unhashed_row_names(tuned: Tuned) -> None:
     assert torch.equal(tuned.model.eval()(ids).logits, expected)
 
 
-def test_a_mixer_that_raises_leaves_nothing_frozen(tuned: Tuned) -> None:
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_mixer_that_raises_leaves_nothing_frozen(tuned: Tuned, error: type[BaseException]) -> None:
     ids, mask = tuned.ids(2, 9), torch.ones(2, 9, dtype=torch.long)
     mask[0, :4] = 0
     expected = tuned.model(ids).logits
 
     def fail(*args):
-        raise RuntimeError("out of memory")
+        raise error("in the middle")
 
     handles = [mixer.out_proj.register_forward_pre_hook(fail) for mixer in _mixers(tuned)]
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with pytest.raises(error, match="in the middle"):
         tuned.model(ids, attention_mask=mask)
     for handle in handles:
         handle.remove()
-    assert all(layer.call is None for layer in tuned.model.base_model.tuner_layers())
+    if error is RuntimeError:
+        assert all(layer.call is None for layer in tuned.model.base_model.tuner_layers())
+        assert not any(isinstance(module, Tap) for module in tuned.model.modules())
+    # No hook runs after an interrupt from the keyboard: the next call puts the parts back, and no weight is missing
+    # meanwhile.
+    weights = tuned.base.state_dict()
+    assert weights.keys() <= {name.removeprefix("base_model.model.") for name in tuned.model.state_dict()}
     assert torch.equal(tuned.model(ids).logits, expected)
     with tuned.model.disable_adapter():
         assert torch.equal(tuned.model(ids).logits, tuned.base(ids).logits)
+
+
+def test_unload_after_an_interrupt(tuned: Tuned) -> None:
+    ids, mask = tuned.ids(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :4] = 0
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    handle = _mixers(tuned)[0].out_proj.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        tuned.model(ids, attention_mask=mask)
+    handle.remove()
+    base = tuned.model.unload()
+    assert [type(module) for module in base.modules()] == [type(module) for module in tuned.base.modules()]
+    assert torch.equal(base(ids).logits, tuned.base(ids).logits)
 
 
 def _mixers(tuned: Tuned) -> list[nn.Module]:

@@ -41,6 +41,8 @@ class _Recurrence:
 
     def __init__(self, mixer: MixerModule, call: Call) -> None:
         self.mixer = mixer
+        # Itself, not the tap that will stand in its place.
+        self.lru = mixer.rg_lru
         self.call = call
 
     def see_projection(self, output: Tensor) -> Tensor | None:
@@ -50,9 +52,9 @@ class _Recurrence:
 
     def see_input(self, activations: Tensor) -> Tensor | None:
         """Take what the recurrence reads [rows, tokens, width], cleared at held positions, and let it begin at zero."""
-        self.mixer.rg_lru.recurrent_states = None
+        lru, held = self.lru, self.call.held
+        lru.recurrent_states = None
         cleared = self._cleared(activations)
-        lru, held = self.mixer.rg_lru, self.call.held
         with torch.autocast(cleared.device.type, enabled=False):
             heads = cleared.float().unflatten(-1, (lru.num_attention_heads, -1))
             logits = torch.einsum("rthi,hij->rthj", heads, lru.recurrent_gate_weight.float())
@@ -68,7 +70,7 @@ class _Recurrence:
         mixer, call = self.mixer, self.call
         assert call.states is not None
         total = scanned.float() + self.decay * call.states.unsqueeze(1)
-        kept = mixer.rg_lru.recurrent_states + self.decay[:, -1] * call.states
+        kept = self.lru.recurrent_states + self.decay[:, -1] * call.states
         if call.held is not None:
             # Positions behind the last token have made what the mixer keeps decay.
             held = call.held.expand(total.shape[:2])
@@ -80,7 +82,7 @@ class _Recurrence:
             if mixer.conv1d_state is not None:
                 end = self.projected[call.kept, call.tokens].transpose(1, 2)
                 mixer.conv1d_state = pad(end, (mixer.conv1d_width - 1 - end.shape[-1], 0))
-        mixer.rg_lru.recurrent_states = kept
+        self.lru.recurrent_states = kept
         return total.to(scanned.dtype)
 
     def _cleared(self, tensor: Tensor) -> Tensor:
