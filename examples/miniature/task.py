@@ -174,10 +174,14 @@ _AUTHORS: dict[Callable[[Problem], str], int] = {
 """Each author's share of the corpus in per cent."""
 
 
-def corpus(seed: int = 0, functions_per_batch: int = 64) -> Iterator[list[str]]:
+MOST_FUNCTIONS = 4
+"""In one document of the corpus."""
+
+
+def corpus(seed: int = 0, most_functions: int = MOST_FUNCTIONS, functions_per_batch: int = 64) -> Iterator[list[str]]:
     """Endless stream of batches of documents.
 
-    Each document holds one to four functions by one hidden author; all documents of a batch hold equally many, so
+    Each document holds one or several functions by one hidden author; all documents of a batch hold equally many, so
     that little padding is needed.
     """
     rng = random.Random(f"documents {seed}")
@@ -193,7 +197,7 @@ def corpus(seed: int = 0, functions_per_batch: int = 64) -> Iterator[list[str]]:
         return text
 
     while True:
-        functions = rng.randint(1, 4)
+        functions = rng.randint(1, most_functions)
         yield [document(functions) for _ in range(functions_per_batch // functions)]
 
 
