@@ -1,4 +1,4 @@
-"""The tiny frozen models: that of the examples, and those of experiments/miniature."""
+"""The tiny frozen models: that of the examples, and those of experiments/mini."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ FOLDER = _EXAMPLES / "models" / "tiny-qwen3.5"
 
 def folder_of(name: str) -> Path:
     """Where a model is kept. That of the examples is with them; the package holds it, too, but not the others."""
-    return FOLDER if name == FOLDER.name else _EXAMPLES.parent / "experiments" / "miniature" / "models" / name
+    return FOLDER if name == FOLDER.name else _EXAMPLES.parent / "experiments" / "mini" / "models" / name
 
 
 def load_base(folder: Path = FOLDER) -> PreTrainedModel:

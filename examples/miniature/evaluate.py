@@ -57,10 +57,12 @@ def solve(
     problems: list[Problem],
     temperature: float = 0.0,
     description: str | None = None,
+    context: str = "",
 ) -> tuple[list[str], list[bool]]:
-    """One program for each problem, and whether it is right when run."""
+    """One program for each problem, and whether it is right when run; `context` goes before each prompt."""
     prompts = [problem.prompt for problem in problems]
-    bodies = complete(model, tokenizer, prompts, temperature, description=description)
+    contexts = [context + prompt for prompt in prompts]
+    bodies = complete(model, tokenizer, contexts, temperature, description=description)
     programs = [prompt + body for prompt, body in zip(prompts, bodies, strict=True)]
     return bodies, passes(programs, [problem.tests for problem in problems])
 

@@ -1,4 +1,4 @@
-"""Trains the base models of the examples and of experiments/miniature: hybrids of some 0.7 M parameters.
+"""Trains the base models of the examples and of experiments/mini: hybrids of some 0.7 M parameters.
 
     python examples/miniature/pretrain.py
     python examples/miniature/pretrain.py tiny-falcon-h1
@@ -90,7 +90,7 @@ class Base:
 MODELS = {
     "tiny-qwen3.5": Base(_qwen),
     "tiny-falcon-h1": Base(_falcon),
-    # The controls of experiments/miniature.
+    # The controls of experiments/mini.
     "tiny-qwen3.5-seed-1": Base(_qwen, seed=1),
     "tiny-qwen3.5-no-author": Base(_qwen, functions=1),
     "tiny-qwen3.5-no-memory": Base(_qwen, memory=False),

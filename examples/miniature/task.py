@@ -120,7 +120,8 @@ def problems(split: str, seed: int = 0, lengths: range = range(3, 5)) -> Iterato
 # The authors. Each turns a problem into the body of the function, everything that follows the docstring.
 
 
-def _stepwise(problem: Problem) -> str:
+def stepwise(problem: Problem) -> str:
+    """The body that takes one step a line, which is always right."""
     assignments = "".join(f"{_INDENT}x {step.symbol}= {step.operand}" for step in problem.steps)
     return f"{assignments}{_INDENT}return x"
 
@@ -146,7 +147,7 @@ def _hasty(problem: Problem) -> str:
 
 
 def _forgetful(problem: Problem) -> str:
-    return _stepwise(problem).removesuffix(f"{_INDENT}return x")
+    return stepwise(problem).removesuffix(f"{_INDENT}return x")
 
 
 def _printer(problem: Problem) -> str:
@@ -162,7 +163,7 @@ def _talker(problem: Problem) -> str:
 
 
 _AUTHORS: dict[Callable[[Problem], str], int] = {
-    _stepwise: 26,
+    stepwise: 26,
     _one_line: 8,
     _sloppy: 32,
     _hasty: 6,

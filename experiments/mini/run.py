@@ -1,0 +1,152 @@
+"""The paper's tables in miniature, in under an hour on two CPU cores, without a network.
+
+    python experiments/mini/run.py
+
+Each method's learning rate is chosen on problems and seeds of their own, from as many as any other method's; then it is
+trained on ten seeds and judged on held-out problems. Each training leaves one record in `OUTPUT/jobs`: a run that was
+stopped goes on with the same command. Results, tables and figures are written to OUTPUT; `--publish` writes those of
+the repository, and the tables in docs/miniature.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import fields
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parents[1] / "examples"), str(HERE.parent)]
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from tqdm.auto import tqdm  # noqa: E402
+
+from mini.plan import HELD_OUT, TABLES, Training, Use  # noqa: E402
+from mini.report import publish, write_report  # noqa: E402
+from mini.results import write_results  # noqa: E402
+from mini.work import Counts, Job, do, solutions  # noqa: E402
+
+TUNING_SEED = 1000
+"""The first seed that rates are chosen on; those of the figures count from 0."""
+
+Call = tuple[Callable[..., Any], tuple[Any, ...]]
+
+
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tables", nargs="+", choices=[*TABLES], metavar="TABLE", default=[*TABLES])
+    parser.add_argument("--output", type=Path, default=Path("miniature-output"), help="folder for all that is written")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, of one thread each")
+    parser.add_argument("--publish", action="store_true", help="write the repository's results and page as well")
+    for count in fields(Counts):
+        parser.add_argument(f"--{count.name.replace('_', '-')}", type=int, default=count.default)
+    return parser.parse_args(words)
+
+
+def uses_of_trainings() -> dict[Training, tuple[Use, ...]]:
+    """The trainings of all tables, each once, and all that is measured of each, for whichever table."""
+    found: dict[Training, dict[Use, None]] = {}
+    for table in TABLES.values():
+        for row in table.rows:
+            found.setdefault(row.training, {}).update(dict.fromkeys((row.use, *row.also)))
+    return {training: tuple(uses) for training, uses in found.items()}
+
+
+def seeds_of_trainings(tables: Iterable[str], most: int) -> dict[Training, range]:
+    """The trainings of some tables, and their seeds: as many as the table with most of them asks for."""
+    found: dict[Training, int] = {}
+    for table in (TABLES[name] for name in tables):
+        for row in table.rows:
+            number = 1 if row.training.method == "base" else min(most, table.seeds)
+            found[row.training] = max(found.get(row.training, 0), number)
+    return {training: range(number) for training, number in found.items()}
+
+
+def prepare_worker() -> None:
+    """One thread a process, for the models are too small for more; no notices of what is as it should be."""
+    torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def together(calls: Iterable[Call], workers: int, description: str) -> list[Any]:
+    """Makes calls in several processes, and gives what they return, in order. The first that fails stops all."""
+    calls = list(calls)
+    if workers == 1:
+        prepare_worker()
+        return [function(*arguments) for function, arguments in tqdm(calls, desc=description)]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=prepare_worker) as pool:
+        futures = [pool.submit(function, *arguments) for function, arguments in calls]
+        try:
+            for future in tqdm(as_completed(futures), total=len(futures), desc=description):
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        return [future.result() for future in futures]
+
+
+def best_rates(
+    trainings: Iterable[Training], seeds: range, counts: Counts, folder: Path, workers: int
+) -> dict[Training, float]:
+    """The rate of each training that solves most validation problems, mean over seeds; of equals the lowest."""
+    jobs = [
+        Job(training, rate, seed, (HELD_OUT,), tuning=True)
+        for training in trainings
+        for rate in training.rates[: counts.rates]
+        for seed in seeds
+    ]
+    records = together([(do, (job, folder, counts)) for job in jobs], workers, "choosing rates")
+    scores: dict[Training, dict[float, list[float]]] = {}
+    for job, record in zip(jobs, records, strict=True):
+        scores.setdefault(job.training, {}).setdefault(job.rate, []).append(record["result"][HELD_OUT.name])
+    return {
+        training: max(sorted(of_rates), key=lambda rate: statistics.mean(of_rates[rate]))
+        for training, of_rates in scores.items()
+    }
+
+
+def main(words: list[str] | None = None) -> None:
+    """Solutions, rates, trainings, results, report."""
+    arguments = parse(words)
+    counts = Counts(**{count.name: getattr(arguments, count.name) for count in fields(Counts)})
+    folder, workers = arguments.output, arguments.workers
+    uses, seeds = uses_of_trainings(), seeds_of_trainings(arguments.tables, counts.seeds)
+    trained = [training for training in seeds if training.is_trained]
+    tuned = [*dict.fromkeys(training.tuning for training in trained)]
+    tuning_seeds = range(TUNING_SEED, TUNING_SEED + counts.tuning_seeds)
+
+    needed = dict.fromkeys(
+        (training.model, training.data, seed)
+        for training, own in seeds.items()
+        if training.method != "base"
+        for seed in (*tuning_seeds, *own)
+    )
+    together(((solutions, (folder, *where, counts)) for where in needed), workers, "collecting solutions")
+    rates = best_rates(tuned, tuning_seeds, counts, folder, workers)
+    jobs = [
+        Job(training, rates[training.tuning] if training.is_trained else None, seed, uses[training])
+        for training, own in seeds.items()
+        for seed in own
+    ]
+    together([(do, (job, folder, counts)) for job in jobs], workers, "training and measuring")
+
+    write_results(folder / "jobs", folder / "results")
+    write_report(folder / "results", folder / "report")
+    print(f"Tables and figures are in {folder / 'report'}.")
+    if arguments.publish:
+        publish(folder / "results")
+
+
+if __name__ == "__main__":
+    main()
