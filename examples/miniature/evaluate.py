@@ -57,12 +57,10 @@ def solve(
     problems: list[Problem],
     temperature: float = 0.0,
     description: str | None = None,
-    context: str = "",
 ) -> tuple[list[str], list[bool]]:
-    """One program for each problem, and whether it is right when run; `context` goes before each prompt."""
+    """One program for each problem, and whether it is right when run."""
     prompts = [problem.prompt for problem in problems]
-    contexts = [context + prompt for prompt in prompts]
-    bodies = complete(model, tokenizer, contexts, temperature, description=description)
+    bodies = complete(model, tokenizer, prompts, temperature, description=description)
     programs = [prompt + body for prompt, body in zip(prompts, bodies, strict=True)]
     return bodies, passes(programs, [problem.tests for problem in problems])
 

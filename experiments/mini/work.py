@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -21,13 +22,16 @@ import records
 from methods import FAMILIES
 from mini.plan import METHODS, Training, Use
 from miniature.base import folder_of, load_base, load_tokenizer
-from miniature.evaluate import solve
+from miniature.evaluate import complete
+from miniature.execute import passes
 from miniature.sample import own_solutions
 from miniature.task import EOS, Problem, corpus, problems, stepwise
 from peft_s0 import analysis
 
 Solution = tuple[str, str]
 """A prompt and its completion."""
+
+_KNOWN: dict[tuple[str, Problem], bool] = {}
 
 
 @dataclass(frozen=True)
@@ -150,6 +154,15 @@ def solutions(folder: Path, model: str, data: str, seed: int, counts: Counts) ->
     return [(prompt, body) for prompt, body in record["result"]["solutions"]]
 
 
+def _verdicts(programs: list[str], asked: list[Problem]) -> list[bool]:
+    """Which programs are right; the same program for the same problem, as most methods write it, is run once."""
+    new = {key: None for key in zip(programs, asked, strict=True) if key not in _KNOWN}
+    if new:
+        verdicts = passes([program for program, _ in new], [problem.tests for _, problem in new])
+        _KNOWN.update(zip(new, verdicts, strict=True))
+    return [_KNOWN[key] for key in zip(programs, asked, strict=True)]
+
+
 def adapt(base: PreTrainedModel, configs: tuple[dict[str, Any], ...]) -> tuple[PreTrainedModel, dict[str, nn.Module]]:
     """A copy of the model with adapters on it; and the PeftModel of each, by its type."""
     model = copy.deepcopy(base)
@@ -160,7 +173,10 @@ def adapt(base: PreTrainedModel, configs: tuple[dict[str, Any], ...]) -> tuple[P
         if config["peft_type"] == "LORA":
             config["target_modules"] = list(getattr(family, config["target_modules"]))
         kind = config["peft_type"]
-        adapters[kind] = get_peft_model(model, get_peft_config(config), adapter_name=kind)
+        with warnings.catch_warnings():
+            # A second method is meant to be on the model, and so are norms of a class that PEFT does not know.
+            warnings.filterwarnings("ignore", "Already found a `peft_config`|Unsupported layer type", UserWarning)
+            adapters[kind] = get_peft_model(model, get_peft_config(config), adapter_name=kind)
     return model, adapters
 
 
@@ -268,7 +284,9 @@ def _measure(
     before = None if use.alpha is None else adapter.peft_config["S0"].alpha
     if use.alpha is not None:
         adapter.set_alpha(use.alpha)
-    _, verdicts = solve(model, tokenizer, asked, context=context)
+    prompts = [problem.prompt for problem in asked]
+    bodies = complete(model, tokenizer, [context + prompt for prompt in prompts], batch_size=len(prompts))
     if use.alpha is not None:
         adapter.set_alpha(before)
+    verdicts = _verdicts([prompt + body for prompt, body in zip(prompts, bodies, strict=True)], asked)
     return sum(verdicts) / len(verdicts)
