@@ -4,7 +4,8 @@
     python examples/miniature/pretrain.py tiny-falcon-h1
 
 The first trains the model of the examples, a Qwen3.5 with three recurrent layers and one of attention, in nine minutes
-on one CPU core, and writes the folder `examples/models/tiny-qwen3.5`. The others are those of `MODELS`.
+on one CPU core, and writes the folder `examples/models/tiny-qwen3.5`. The others are those of `MODELS`; qwen3.5-100m,
+of 100 M parameters, takes a GPU (`--device cuda`) some minutes.
 """
 
 import argparse
@@ -70,6 +71,23 @@ def _falcon(**common: object) -> FalconH1Config:
     )
 
 
+def _qwen_100m(**common: object) -> Qwen3_5TextConfig:
+    """Nine recurrent layers and three of attention, in proportion to the real ones; states of 8 heads x 128 x 128."""
+    return Qwen3_5TextConfig(
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=12,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=128,
+        linear_num_key_heads=4,
+        linear_num_value_heads=8,
+        linear_key_head_dim=128,
+        linear_value_head_dim=128,
+        **common,
+    )
+
+
 @dataclass(frozen=True)
 class Base:
     """What a base model is, and how it is trained.
@@ -79,17 +97,24 @@ class Base:
         functions: The most functions of a document. With one, the hidden author is of no use to know.
         memory: Whether its recurrent layers start with long memories, or as transformers initialises them.
         seed: Of the initial weights and the corpus.
+        batch: Functions in a step.
+        learning_rate: The highest.
+        deviation: Of the initial weights: about hidden_size ** -0.5.
     """
 
     config: Callable[..., PreTrainedConfig]
     functions: int = MOST_FUNCTIONS
     memory: bool = True
     seed: int = 0
+    batch: int = 64
+    learning_rate: float = 3e-3
+    deviation: float = 0.08
 
 
 MODELS = {
     "tiny-qwen3.5": Base(_qwen),
     "tiny-falcon-h1": Base(_falcon),
+    "qwen3.5-100m": Base(_qwen_100m, batch=128, learning_rate=1e-3, deviation=0.03),
     # The controls of experiments/mini.
     "tiny-qwen3.5-seed-1": Base(_qwen, seed=1),
     "tiny-qwen3.5-no-author": Base(_qwen, functions=1),
@@ -103,7 +128,7 @@ def build_model(base: Base, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMod
     config = base.config(
         vocab_size=len(tokenizer),
         max_position_embeddings=512,
-        initializer_range=0.08,  # about hidden_size ** -0.5; the default of 0.02 is meant for wide layers
+        initializer_range=base.deviation,  # transformers' 0.02 is meant for wide layers
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
@@ -131,12 +156,7 @@ def _lengthen_memory(mixer: torch.nn.Module) -> None:
 
 
 def train(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    steps: int,
-    learning_rate: float,
-    seed: int,
-    functions: int,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: Base, steps: int, learning_rate: float, seed: int
 ) -> None:
     """Trains in place, each step on one fresh batch of the corpus."""
     decayed = [weight for weight in model.parameters() if weight.ndim == 2]
@@ -150,9 +170,10 @@ def train(
         optimizer, max_lr=learning_rate, total_steps=steps, pct_start=0.05, cycle_momentum=False
     )
     model.train()
-    progress = tqdm(islice(corpus(seed, functions), steps), total=steps, desc="pretraining", unit="batch")
+    documents_of_steps = islice(corpus(seed, base.functions, base.batch), steps)
+    progress = tqdm(documents_of_steps, total=steps, desc="pretraining", unit="batch")
     for step, documents in enumerate(progress):
-        batch = tokenizer(documents, padding=True, padding_side="right", return_tensors="pt")
+        batch = tokenizer(documents, padding=True, padding_side="right", return_tensors="pt").to(model.device)
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         loss = model(**batch, labels=labels, use_cache=False).loss
         loss.backward()
@@ -169,28 +190,32 @@ def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", choices=[*MODELS], default="tiny-qwen3.5")
     parser.add_argument("--output", type=Path, help="folder to write, in place of the model's own")
-    parser.add_argument("--steps", type=int, default=1000, help="batches of 64 functions")
-    parser.add_argument("--learning-rate", type=float, default=3e-3, help="the highest")
+    parser.add_argument("--steps", type=int, default=1000, help="batches of functions")
+    parser.add_argument("--learning-rate", type=float, help="the highest, in place of the model's own")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--pass-at", type=int, nargs="*", default=[1, 16], help="what is measured of the model")
     parser.add_argument("--seed", type=int, help="of the initial weights and the corpus, in place of the model's own")
     arguments = parser.parse_args(words)
 
     torch.set_num_threads(1)
+    torch.backends.cuda.matmul.allow_tf32 = True
     transformers.utils.logging.set_verbosity_error()
     base = MODELS[arguments.model]
     seed = base.seed if arguments.seed is None else arguments.seed
     output = arguments.output or folder_of(arguments.model)
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
-    model = build_model(base, tokenizer)
+    model = build_model(base, tokenizer).to(arguments.device)
     print(f"{model.num_parameters():,} parameters, vocabulary of {len(tokenizer)}")
-    train(model, tokenizer, arguments.steps, arguments.learning_rate, seed, base.functions)
+    learning_rate = arguments.learning_rate or base.learning_rate
+    train(model, tokenizer, base, arguments.steps, learning_rate, seed)
     model.half().save_pretrained(output)
     tokenizer.save_pretrained(output)
     size = sum(file.stat().st_size for file in output.iterdir())
     print(f"{output}: {size / 1e6:.2f} MB")
 
     model.float()  # the stored weights, in a precision that a CPU is fast at
-    for k in (1, 16):
+    for k in arguments.pass_at:
         print(f"pass@{k}: {pass_at(k, model, tokenizer, HELD_OUT, f'pass@{k}'):.1%}")
 
 

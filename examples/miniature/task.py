@@ -18,10 +18,13 @@ import random
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 INPUTS = tuple(range(-4, 5))
 """The arguments a solution is run on."""
@@ -212,8 +215,10 @@ def is_one_line(program: str) -> bool:
     return isinstance(statement, ast.Return)
 
 
-def as_dataset(solutions: list[tuple[Problem, str]]) -> Dataset:
+def as_dataset(solutions: list[tuple[Problem, str]]) -> "Dataset":
     """Solutions in TRL's prompt-completion format, in which only completions enter the loss."""
+    from datasets import Dataset  # what only solves problems needs none
+
     return Dataset.from_list([{"prompt": problem.prompt, "completion": body} for problem, body in solutions])
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 QWEN, FALCON = "tiny-qwen3.5", "tiny-falcon-h1"
+LARGE = "qwen3.5-100m"
+"""For a GPU."""
 OTHER_SEED = "tiny-qwen3.5-seed-1"
 NO_AUTHOR = "tiny-qwen3.5-no-author"
 NO_MEMORY = ("tiny-qwen3.5-no-memory", "tiny-falcon-h1-no-memory")
@@ -22,6 +24,8 @@ LARGE_STATE_RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 SMALL_ALPHA_RATES = (1e-2, 3e-2, 1e-1, 3e-1)
 """A state that enters scaled by 0.07 must grow that much larger."""
 WEIGHT_RATES = (2e-4, 6e-4, 2e-3, 6e-3)
+LARGE_WEIGHT_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+"""For the model of 100 M parameters, which is wider."""
 NORM_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 
 
@@ -35,6 +39,7 @@ class Method:
             `methods.Family`.
         rates: The learning rates that it is tuned over, as many for each method.
         falcon_rates: Those on FalconH1, if they are others.
+        large_rates: The same, of the model of 100 M parameters.
         steps: Each over all solutions. As in the paper: 20 for states, 50 for LoRA.
     """
 
@@ -43,6 +48,7 @@ class Method:
     rates: tuple[float, ...] = ()
     steps: int = 20
     falcon_rates: tuple[float, ...] | None = None
+    large_rates: tuple[float, ...] | None = None
 
 
 def _state(label: str, **fields: Any) -> Method:
@@ -55,7 +61,7 @@ def _lora_config(rank: int, targets: str = "attention") -> dict[str, Any]:
 
 
 def _lora(rank: int) -> Method:
-    return Method(f"LoRA r{rank}", (_lora_config(rank),), WEIGHT_RATES, 50)
+    return Method(f"LoRA r{rank}", (_lora_config(rank),), WEIGHT_RATES, 50, large_rates=LARGE_WEIGHT_RATES)
 
 
 METHODS = {
@@ -69,7 +75,9 @@ METHODS = {
     "offset": _state("state-offset", variant="offset"),
     "both": _state("S0 and offset", variant="both"),
     **{f"lora-r{rank}": _lora(rank) for rank in (4, 12, 24, 48)},
-    "lora-mixers": Method("LoRA r4 on the mixers", (_lora_config(4, "mixers"),), WEIGHT_RATES, 50),
+    "lora-mixers": Method(
+        "LoRA r4 on the mixers", (_lora_config(4, "mixers"),), WEIGHT_RATES, 50, None, LARGE_WEIGHT_RATES
+    ),
     "s0+lora": Method("S0 and LoRA r12", ({"peft_type": "S0", "alpha": 1.0}, _lora_config(12)), WEIGHT_RATES, 50),
     "norms": Method("weights of the norms", ({"peft_type": "LN_TUNING", "target_modules": ".*norm"},), NORM_RATES, 50),
     **{
@@ -117,7 +125,8 @@ class Training:
     def rates(self) -> tuple[float, ...]:
         """The learning rates that it is tuned over."""
         method = METHODS[self.method]
-        return method.rates if method.falcon_rates is None or "falcon" not in self.model else method.falcon_rates
+        others = {FALCON: method.falcon_rates, LARGE: method.large_rates}
+        return next((rates for name, rates in others.items() if rates and self.model.startswith(name)), method.rates)
 
     @property
     def is_trained(self) -> bool:
@@ -234,6 +243,9 @@ def _control(title: str, model: str, data: str = "verified") -> Table:
 
 
 TABLES = {
+    "main-large": _main(LARGE, "Qwen3.5 of 100 M parameters", _MAIN),
+    "alpha-large": Table("Conventions for alpha, 100 M parameters", _alphas(LARGE, 0.07), 0, ("rate", "pass@1", "p")),
+    "curve-large": Table("Alpha in use, of states trained at 1, 100 M parameters", _curve(LARGE), None, ("pass@1",)),
     "main": _main(QWEN, "Tiny Qwen3.5", _MAIN),
     "main-falcon": _main(FALCON, "Tiny FalconH1", tuple(method for method in _MAIN if method != "lora-r48")),
     "failed": Table(

@@ -29,7 +29,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from tqdm.auto import tqdm  # noqa: E402
 
-from mini.plan import HELD_OUT, TABLES, Training, Use  # noqa: E402
+from mini.plan import HELD_OUT, LARGE, TABLES, Training, Use  # noqa: E402
 from mini.report import publish, write_report  # noqa: E402
 from mini.results import write_results  # noqa: E402
 from mini.work import Counts, Job, do, solutions  # noqa: E402
@@ -43,7 +43,9 @@ Call = tuple[Callable[..., Any], tuple[Any, ...]]
 def parse(words: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tables", nargs="+", choices=[*TABLES], metavar="TABLE", default=[*TABLES])
+    tiny = [name for name, table in TABLES.items() if all(row.training.model != LARGE for row in table.rows)]
+    parser.add_argument("--tables", nargs="+", choices=[*TABLES], metavar="TABLE", default=tiny)
+    parser.add_argument("--device", default="cpu", help="one that all workers share")
     parser.add_argument("--output", type=Path, default=Path("miniature-output"), help="folder for all that is written")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, of one thread each")
     parser.add_argument("--publish", action="store_true", help="write the repository's results and page as well")
@@ -74,6 +76,7 @@ def seeds_of_trainings(tables: Iterable[str], most: int) -> dict[Training, range
 def prepare_worker() -> None:
     """One thread a process, for the models are too small for more; no notices of what is as it should be."""
     torch.set_num_threads(1)
+    torch.backends.cuda.matmul.allow_tf32 = True
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -97,7 +100,7 @@ def together(calls: Iterable[Call], workers: int, description: str) -> list[Any]
 
 
 def best_rates(
-    trainings: Iterable[Training], seeds: range, counts: Counts, folder: Path, workers: int
+    trainings: Iterable[Training], seeds: range, counts: Counts, folder: Path, workers: int, device: str
 ) -> dict[Training, float]:
     """The rate of each training that solves most validation problems, mean over seeds; of equals the lowest."""
     jobs = [
@@ -106,7 +109,7 @@ def best_rates(
         for rate in training.rates[: counts.rates]
         for seed in seeds
     ]
-    records = together([(do, (job, folder, counts)) for job in jobs], workers, "choosing rates")
+    records = together([(do, (job, folder, counts, device)) for job in jobs], workers, "choosing rates")
     scores: dict[Training, dict[float, list[float]]] = {}
     for job, record in zip(jobs, records, strict=True):
         scores.setdefault(job.training, {}).setdefault(job.rate, []).append(record["result"][HELD_OUT.name])
@@ -120,7 +123,7 @@ def main(words: list[str] | None = None) -> None:
     """Solutions, rates, trainings, results, report."""
     arguments = parse(words)
     counts = Counts(**{count.name: getattr(arguments, count.name) for count in fields(Counts)})
-    folder, workers = arguments.output, arguments.workers
+    folder, workers, device = arguments.output, arguments.workers, arguments.device
     uses, seeds = uses_of_trainings(), seeds_of_trainings(arguments.tables, counts.seeds)
     trained = [training for training in seeds if training.is_trained]
     tuned = [*dict.fromkeys(training.tuning for training in trained)]
@@ -132,14 +135,15 @@ def main(words: list[str] | None = None) -> None:
         if training.method != "base"
         for seed in (*tuning_seeds, *own)
     )
-    together(((solutions, (folder, *where, counts)) for where in needed), workers, "collecting solutions")
-    rates = best_rates(tuned, tuning_seeds, counts, folder, workers)
+    together(((solutions, (folder, *where, counts, device)) for where in needed), workers, "collecting solutions")
+    rates = best_rates(tuned, tuning_seeds, counts, folder, workers, device)
     jobs = [
         Job(training, rates[training.tuning] if training.is_trained else None, seed, uses[training])
         for training, own in seeds.items()
         for seed in own
     ]
-    together([(do, (job, folder, counts)) for job in jobs], workers, "training and measuring")
+    jobs.sort(key=lambda job: job.seed)  # so that a run that is stopped has equally many of each training
+    together([(do, (job, folder, counts, device)) for job in jobs], workers, "training and measuring")
 
     write_results(folder / "jobs", folder / "results")
     write_report(folder / "results", folder / "report")

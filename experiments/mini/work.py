@@ -109,8 +109,8 @@ def _tokenizer() -> PreTrainedTokenizerBase:
 
 
 @cache
-def _base(name: str) -> PreTrainedModel:
-    return load_base(folder_of(name)).requires_grad_(False)
+def _base(name: str, device: str) -> PreTrainedModel:
+    return load_base(folder_of(name)).requires_grad_(False).to(device)
 
 
 def _for_validation(problem: Problem) -> bool:
@@ -136,7 +136,7 @@ def _stream(split: str, seed: int, data: str, lengths: range = range(3, 5)) -> I
             yield _redefined(problem)
 
 
-def solutions(folder: Path, model: str, data: str, seed: int, counts: Counts) -> list[Solution]:
+def solutions(folder: Path, model: str, data: str, seed: int, counts: Counts, device: str = "cpu") -> list[Solution]:
     """The solutions of a seed, collected if need be; with fewer, the first ones are used."""
     path = folder / "jobs" / model / f"solutions-{data}-{seed}.json"
     arguments = {"model": model, "data": data, "seed": seed, "solutions": counts.solutions}
@@ -148,9 +148,9 @@ def solutions(folder: Path, model: str, data: str, seed: int, counts: Counts) ->
         if data == "redefined":
             found = ((problem, stepwise(problem)) for problem in stream)
         else:
-            found = own_solutions(_base(model), _tokenizer(), stream, only_failed=data == "failed")
+            found = own_solutions(_base(model, device), _tokenizer(), stream, only_failed=data == "failed")
         pairs = [[problem.prompt, body] for problem, body in islice(found, counts.solutions)]
-        record = records.write(path, arguments, {"solutions": pairs, "cpu_seconds": cpu_seconds() - start}, "cpu")
+        record = records.write(path, arguments, {"solutions": pairs, "cpu_seconds": cpu_seconds() - start}, device)
     return [(prompt, body) for prompt, body in record["result"]["solutions"]]
 
 
@@ -190,7 +190,8 @@ def train(
     Returns:
         The loss at each step.
     """
-    ids, mask, labels = _batch(tokenizer, pairs)
+    device = next(model.parameters()).device
+    ids, mask, labels = (tensor.to(device) for tensor in _batch(tokenizer, pairs))
     tuned = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.Adam(tuned, lr=rate)
     model.train()
@@ -228,7 +229,9 @@ def corpus_loss(model: nn.Module, tokenizer: PreTrainedTokenizerBase, batches: i
     """Mean loss of the tokens of documents that the pretraining has not seen."""
     losses = []
     for documents in islice(corpus(seed=10_000), batches):
-        inputs = tokenizer(documents, padding=True, padding_side="right", return_tensors="pt")
+        inputs = tokenizer(documents, padding=True, padding_side="right", return_tensors="pt").to(
+            next(model.parameters()).device
+        )
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
         losses.append(model(**inputs, labels=labels, use_cache=False).loss.item())
     return sum(losses) / len(losses)
@@ -246,7 +249,7 @@ def memory(adapter: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: int) -
     return {"tokens": usual, "layers": [float(share) for share in layers], "best_heads": heads}
 
 
-def do(job: Job, folder: Path, counts: Counts) -> dict[str, Any]:
+def do(job: Job, folder: Path, counts: Counts, device: str = "cpu") -> dict[str, Any]:
     """Trains and measures, unless the record is there."""
     path, arguments = job.path(folder), arguments_of(job, counts)
     record = records.done(path, arguments)
@@ -255,10 +258,10 @@ def do(job: Job, folder: Path, counts: Counts) -> dict[str, Any]:
     training, method, tokenizer = job.training, METHODS[job.training.method], _tokenizer()
     pairs: list[Solution] = []
     if training.method != "base":
-        pairs = solutions(folder, training.model, training.data, job.seed, counts)[: training.solutions]
+        pairs = solutions(folder, training.model, training.data, job.seed, counts, device)[: training.solutions]
     start = cpu_seconds()
     torch.manual_seed(job.seed)
-    model, adapters = adapt(_base(training.model), method.configs)
+    model, adapters = adapt(_base(training.model, device), method.configs)
     result: dict[str, Any] = {"parameters": sum(w.numel() for w in model.parameters() if w.requires_grad)}
     if job.rate is not None:
         losses = train(model, tokenizer, pairs, job.rate, min(method.steps, counts.steps))
@@ -267,7 +270,7 @@ def do(job: Job, folder: Path, counts: Counts) -> dict[str, Any]:
     for use in job.uses:
         result[use.name] = _measure(job, use, model, adapters.get("S0"), context, counts)
     result["cpu_seconds"] = cpu_seconds() - start
-    return records.write(path, arguments, result, "cpu")
+    return records.write(path, arguments, result, device)
 
 
 def _measure(
