@@ -14,9 +14,9 @@ def folder_of(name: str) -> Path:
     return FOLDER if name == FOLDER.name else _EXAMPLES.parent / "experiments" / "mini" / "models" / name
 
 
-def load_base(folder: Path = FOLDER) -> PreTrainedModel:
+def load_base(folder: Path = FOLDER, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The model. It is stored in half precision, which a CPU is slow at."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
 
 def load_tokenizer(folder: Path = FOLDER) -> PreTrainedTokenizerBase:

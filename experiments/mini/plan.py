@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 QWEN, FALCON = "tiny-qwen3.5", "tiny-falcon-h1"
-LARGE = "qwen3.5-100m"
-"""For a GPU."""
+LARGE = "qwen3.5-100m"  # needs a GPU
 OTHER_SEED = "tiny-qwen3.5-seed-1"
 NO_AUTHOR = "tiny-qwen3.5-no-author"
 NO_MEMORY = ("tiny-qwen3.5-no-memory", "tiny-falcon-h1-no-memory")
@@ -18,15 +17,21 @@ RECURRENT_LAYERS = (0, 1, 2)
 SOLUTIONS = 50
 """How many are trained on."""
 
-STATE_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
-LARGE_STATE_RATES = (3e-3, 1e-2, 3e-2, 1e-1)
-"""For FalconH1, whose states are larger."""
-SMALL_ALPHA_RATES = (1e-2, 3e-2, 1e-1, 3e-1)
-"""A state that enters scaled by 0.07 must grow that much larger."""
-WEIGHT_RATES = (2e-4, 6e-4, 2e-3, 6e-3)
-LARGE_WEIGHT_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
-"""For the model of 100 M parameters, which is wider."""
-NORM_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+Rates = dict[str, tuple[float, ...]]
+"""Learning rates by the beginning of a model's name, of which the last that fits counts. Equally many everywhere."""
+
+STATE_RATES: Rates = {
+    "": (1e-3, 3e-3, 1e-2, 3e-2),
+    FALCON: (3e-3, 1e-2, 3e-2, 1e-1),  # its states are larger
+    LARGE: (3e-4, 1e-3, 3e-3, 1e-2),
+}
+PAPER_ALPHA_RATES: Rates = {
+    "": (1e-2, 3e-2, 1e-1, 3e-1),  # a state that enters scaled by 0.07 must grow that much larger
+    FALCON: STATE_RATES[FALCON],
+    LARGE: (1e-3, 1e-2, 3e-2, 1e-1),  # from the paper's up
+}
+WEIGHT_RATES: Rates = {"": (2e-4, 6e-4, 2e-3, 6e-3), LARGE: (1e-4, 3e-4, 1e-3, 3e-3)}
+NORM_RATES: Rates = {"": (1e-3, 3e-3, 1e-2, 3e-2)}
 
 
 @dataclass(frozen=True)
@@ -37,23 +42,18 @@ class Method:
         label: What it is called in tables.
         configs: The fields of its PEFT configs; several are put on one model. "target_modules" may name a field of
             `methods.Family`.
-        rates: The learning rates that it is tuned over, as many for each method.
-        falcon_rates: Those on FalconH1, if they are others.
-        large_rates: The same, of the model of 100 M parameters.
+        rates: The learning rates that it is tuned over.
         steps: Each over all solutions. As in the paper: 20 for states, 50 for LoRA.
     """
 
     label: str
     configs: tuple[dict[str, Any], ...] = ()
-    rates: tuple[float, ...] = ()
+    rates: Rates = field(default_factory=dict)
     steps: int = 20
-    falcon_rates: tuple[float, ...] | None = None
-    large_rates: tuple[float, ...] | None = None
 
 
 def _state(label: str, **fields: Any) -> Method:
-    config = {"peft_type": "S0", "alpha": 1.0, **fields}
-    return Method(label, (config,), STATE_RATES, falcon_rates=LARGE_STATE_RATES)
+    return Method(label, ({"peft_type": "S0", "alpha": 1.0, **fields},), STATE_RATES)
 
 
 def _lora_config(rank: int, targets: str = "attention") -> dict[str, Any]:
@@ -61,7 +61,7 @@ def _lora_config(rank: int, targets: str = "attention") -> dict[str, Any]:
 
 
 def _lora(rank: int) -> Method:
-    return Method(f"LoRA r{rank}", (_lora_config(rank),), WEIGHT_RATES, 50, large_rates=LARGE_WEIGHT_RATES)
+    return Method(f"LoRA r{rank}", (_lora_config(rank),), WEIGHT_RATES, 50)
 
 
 METHODS = {
@@ -69,15 +69,11 @@ METHODS = {
     "prompt": Method("2 solutions in the prompt"),
     "s0": _state("S0"),
     # Without "alpha" it is the paper's: 0.07 for the gated delta rule, 0.65 for Mamba-2.
-    "s0-paper": Method(
-        "S0, the paper's alpha", ({"peft_type": "S0"},), SMALL_ALPHA_RATES, falcon_rates=LARGE_STATE_RATES
-    ),
+    "s0-paper": Method("S0, the paper's alpha", ({"peft_type": "S0"},), PAPER_ALPHA_RATES),
     "offset": _state("state-offset", variant="offset"),
     "both": _state("S0 and offset", variant="both"),
     **{f"lora-r{rank}": _lora(rank) for rank in (4, 12, 24, 48)},
-    "lora-mixers": Method(
-        "LoRA r4 on the mixers", (_lora_config(4, "mixers"),), WEIGHT_RATES, 50, None, LARGE_WEIGHT_RATES
-    ),
+    "lora-mixers": Method("LoRA r4 on the mixers", (_lora_config(4, "mixers"),), WEIGHT_RATES, 50),
     "s0+lora": Method("S0 and LoRA r12", ({"peft_type": "S0", "alpha": 1.0}, _lora_config(12)), WEIGHT_RATES, 50),
     "norms": Method("weights of the norms", ({"peft_type": "LN_TUNING", "target_modules": ".*norm"},), NORM_RATES, 50),
     **{
@@ -124,9 +120,8 @@ class Training:
     @property
     def rates(self) -> tuple[float, ...]:
         """The learning rates that it is tuned over."""
-        method = METHODS[self.method]
-        others = {FALCON: method.falcon_rates, LARGE: method.large_rates}
-        return next((rates for name, rates in others.items() if rates and self.model.startswith(name)), method.rates)
+        fitting = [rates for start, rates in METHODS[self.method].rates.items() if self.model.startswith(start)]
+        return fitting[-1]
 
     @property
     def is_trained(self) -> bool:
@@ -205,6 +200,8 @@ _MAIN = (
     "lora-r4", "lora-r12", "lora-r24", "lora-r48", "lora-mixers", "s0+lora", "norms",
 )  # fmt: skip
 
+_MAIN_LARGE = tuple(method for method in _MAIN if method not in ("lora-r48", "norms"))
+
 
 def _rows(model: str, methods: tuple[str, ...], data: str = "verified") -> tuple[Row, ...]:
     return tuple(Row(Training(model, method, data)) for method in methods)
@@ -243,7 +240,7 @@ def _control(title: str, model: str, data: str = "verified") -> Table:
 
 
 TABLES = {
-    "main-large": _main(LARGE, "Qwen3.5 of 100 M parameters", _MAIN),
+    "main-large": _main(LARGE, "Qwen3.5 of 100 M parameters", _MAIN_LARGE),
     "alpha-large": Table("Conventions for alpha, 100 M parameters", _alphas(LARGE, 0.07), 0, ("rate", "pass@1", "p")),
     "curve-large": Table("Alpha in use, of states trained at 1, 100 M parameters", _curve(LARGE), None, ("pass@1",)),
     "main": _main(QWEN, "Tiny Qwen3.5", _MAIN),

@@ -11,12 +11,15 @@ the repository, and the tables in docs/miniature.md.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import statistics
 import sys
+import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import fields
 from multiprocessing import get_context
 from pathlib import Path
@@ -32,7 +35,7 @@ from tqdm.auto import tqdm  # noqa: E402
 from mini.plan import HELD_OUT, LARGE, TABLES, Training, Use  # noqa: E402
 from mini.report import publish, write_report  # noqa: E402
 from mini.results import write_results  # noqa: E402
-from mini.work import Counts, Job, do, solutions  # noqa: E402
+from mini.work import Counts, Job, Place, do, solutions  # noqa: E402
 
 TUNING_SEED = 1000
 """The first seed that rates are chosen on; those of the figures count from 0."""
@@ -46,6 +49,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     tiny = [name for name, table in TABLES.items() if all(row.training.model != LARGE for row in table.rows)]
     parser.add_argument("--tables", nargs="+", choices=[*TABLES], metavar="TABLE", default=tiny)
     parser.add_argument("--device", default="cpu", help="one that all workers share")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the frozen weights")
+    parser.add_argument("--minutes", type=float, help="after which nothing new is begun; the same command goes on")
     parser.add_argument("--output", type=Path, default=Path("miniature-output"), help="folder for all that is written")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, of one thread each")
     parser.add_argument("--publish", action="store_true", help="write the repository's results and page as well")
@@ -76,42 +81,82 @@ def seeds_of_trainings(tables: Iterable[str], most: int) -> dict[Training, range
 def prepare_worker() -> None:
     """One thread a process, for the models are too small for more; no notices of what is as it should be."""
     torch.set_num_threads(1)
-    torch.backends.cuda.matmul.allow_tf32 = True
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
-def together(calls: Iterable[Call], workers: int, description: str) -> list[Any]:
-    """Makes calls in several processes, and gives what they return, in order. The first that fails stops all."""
-    calls = list(calls)
-    if workers == 1:
-        prepare_worker()
-        return [function(*arguments) for function, arguments in tqdm(calls, desc=description)]
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=prepare_worker) as pool:
-        futures = [pool.submit(function, *arguments) for function, arguments in calls]
-        try:
-            for future in tqdm(as_completed(futures), total=len(futures), desc=description):
-                future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-        return [future.result() for future in futures]
+class Workers:
+    """Processes that make calls.
+
+    Args:
+        number: How many; with one, this process makes them.
+        deadline: In the seconds of `time.monotonic`, when the last call may begin.
+    """
+
+    def __init__(self, number: int, deadline: float = math.inf) -> None:
+        self.number, self.deadline = number, deadline
+
+    def __enter__(self) -> Workers:
+        self._pool = None
+        if self.number == 1:
+            prepare_worker()
+        else:
+            self._pool = ProcessPoolExecutor(self.number, get_context("spawn"), initializer=prepare_worker)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def make(self, calls: Iterable[Call], description: str) -> list[Any]:
+        """Makes calls, and gives what they return, in order: None of those for which there was no time.
+
+        The first that fails stops all.
+        """
+        calls = list(calls)
+        if self._pool is None:
+            return [
+                function(*arguments) if time.monotonic() < self.deadline else None
+                for function, arguments in tqdm(calls, desc=description)
+            ]
+        results: list[Any] = [None] * len(calls)
+        waiting, running = deque(enumerate(calls)), dict[Future[Any], int]()
+        with tqdm(total=len(calls), desc=description, mininterval=1) as progress:
+            while running or waiting:
+                while waiting and len(running) < self.number and time.monotonic() < self.deadline:
+                    number, (function, arguments) = waiting.popleft()
+                    running[self._pool.submit(function, *arguments)] = number
+                if not running:
+                    break
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    results[running.pop(future)] = future.result()
+                    progress.update()
+        return results
 
 
 def best_rates(
-    trainings: Iterable[Training], seeds: range, counts: Counts, folder: Path, workers: int, device: str
+    trainings: Iterable[Training], seeds: range, workers: Workers, *where: Path | Counts | Place
 ) -> dict[Training, float]:
-    """The rate of each training that solves most validation problems, mean over seeds; of equals the lowest."""
+    """The rate of each training that solves most validation problems, mean over seeds; of equals the lowest.
+
+    Raises:
+        TimeoutError: If the time was over before all rates were tried.
+    """
+    counts = next(each for each in where if isinstance(each, Counts))
     jobs = [
         Job(training, rate, seed, (HELD_OUT,), tuning=True)
+        for seed in seeds
         for training in trainings
         for rate in training.rates[: counts.rates]
-        for seed in seeds
     ]
-    records = together([(do, (job, folder, counts, device)) for job in jobs], workers, "choosing rates")
+    found = workers.make([(do, (job, *where)) for job in jobs], "choosing rates")
+    if None in found:
+        raise TimeoutError(
+            f"{found.count(None)} of {len(jobs)} trainings that choose rates are left. The same command goes on."
+        )
     scores: dict[Training, dict[float, list[float]]] = {}
-    for job, record in zip(jobs, records, strict=True):
+    for job, record in zip(jobs, found, strict=True):
         scores.setdefault(job.training, {}).setdefault(job.rate, []).append(record["result"][HELD_OUT.name])
     return {
         training: max(sorted(of_rates), key=lambda rate: statistics.mean(of_rates[rate]))
@@ -123,7 +168,8 @@ def main(words: list[str] | None = None) -> None:
     """Solutions, rates, trainings, results, report."""
     arguments = parse(words)
     counts = Counts(**{count.name: getattr(arguments, count.name) for count in fields(Counts)})
-    folder, workers, device = arguments.output, arguments.workers, arguments.device
+    folder = arguments.output
+    where = (folder, counts, Place(arguments.device, arguments.dtype))
     uses, seeds = uses_of_trainings(), seeds_of_trainings(arguments.tables, counts.seeds)
     trained = [training for training in seeds if training.is_trained]
     tuned = [*dict.fromkeys(training.tuning for training in trained)]
@@ -135,15 +181,19 @@ def main(words: list[str] | None = None) -> None:
         if training.method != "base"
         for seed in (*tuning_seeds, *own)
     )
-    together(((solutions, (folder, *where, counts, device)) for where in needed), workers, "collecting solutions")
-    rates = best_rates(tuned, tuning_seeds, counts, folder, workers, device)
-    jobs = [
-        Job(training, rates[training.tuning] if training.is_trained else None, seed, uses[training])
-        for training, own in seeds.items()
-        for seed in own
-    ]
-    jobs.sort(key=lambda job: job.seed)  # so that a run that is stopped has equally many of each training
-    together([(do, (job, folder, counts, device)) for job in jobs], workers, "training and measuring")
+    deadline = math.inf if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
+    with Workers(arguments.workers, deadline) as workers:
+        workers.make([(solutions, (*each, *where)) for each in needed], "collecting solutions")
+        rates = best_rates(tuned, tuning_seeds, workers, *where)
+        jobs = [
+            Job(training, rates[training.tuning] if training.is_trained else None, seed, uses[training])
+            for training, own in seeds.items()
+            for seed in own
+        ]
+        jobs.sort(key=lambda job: job.seed)  # when time runs out, all methods have equally many
+        found = workers.make([(do, (job, *where)) for job in jobs], "training and measuring")
+    if None in found:
+        print(f"{found.count(None)} of {len(jobs)} trainings are left. The same command goes on.")
 
     write_results(folder / "jobs", folder / "results")
     write_report(folder / "results", folder / "report")

@@ -62,6 +62,19 @@ class Counts:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where it is done.
+
+    Args:
+        device: That of the model; several processes may share it.
+        dtype: That of the frozen weights. What is trained stays float32.
+    """
+
+    device: str = "cpu"
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
 class Job:
     """One training at one rate and seed, and what is measured then.
 
@@ -86,10 +99,11 @@ class Job:
         return folder / "jobs" / f"{self.training.name}-{part}{rate}-{self.seed}.json"
 
 
-def arguments_of(job: Job, counts: Counts) -> dict[str, Any]:
+def arguments_of(job: Job, counts: Counts, place: Place) -> dict[str, Any]:
     """What a record of a job depends on."""
     method = METHODS[job.training.method]
-    return {**asdict(job), "configs": list(method.configs), "steps": min(method.steps, counts.steps), **_sizes(counts)}
+    steps = min(method.steps, counts.steps)
+    return {**asdict(job), "configs": list(method.configs), "steps": steps, "dtype": place.dtype, **_sizes(counts)}
 
 
 def _sizes(counts: Counts) -> dict[str, int]:
@@ -109,8 +123,8 @@ def _tokenizer() -> PreTrainedTokenizerBase:
 
 
 @cache
-def _base(name: str, device: str) -> PreTrainedModel:
-    return load_base(folder_of(name)).requires_grad_(False).to(device)
+def _base(name: str, place: Place) -> PreTrainedModel:
+    return load_base(folder_of(name), getattr(torch, place.dtype)).requires_grad_(False).to(place.device)
 
 
 def _for_validation(problem: Problem) -> bool:
@@ -136,7 +150,7 @@ def _stream(split: str, seed: int, data: str, lengths: range = range(3, 5)) -> I
             yield _redefined(problem)
 
 
-def solutions(folder: Path, model: str, data: str, seed: int, counts: Counts, device: str = "cpu") -> list[Solution]:
+def solutions(model: str, data: str, seed: int, folder: Path, counts: Counts, place: Place) -> list[Solution]:
     """The solutions of a seed, collected if need be; with fewer, the first ones are used."""
     path = folder / "jobs" / model / f"solutions-{data}-{seed}.json"
     arguments = {"model": model, "data": data, "seed": seed, "solutions": counts.solutions}
@@ -148,9 +162,10 @@ def solutions(folder: Path, model: str, data: str, seed: int, counts: Counts, de
         if data == "redefined":
             found = ((problem, stepwise(problem)) for problem in stream)
         else:
-            found = own_solutions(_base(model, device), _tokenizer(), stream, only_failed=data == "failed")
+            found = own_solutions(_base(model, place), _tokenizer(), stream, only_failed=data == "failed")
         pairs = [[problem.prompt, body] for problem, body in islice(found, counts.solutions)]
-        record = records.write(path, arguments, {"solutions": pairs, "cpu_seconds": cpu_seconds() - start}, device)
+        result = {"solutions": pairs, "cpu_seconds": cpu_seconds() - start}
+        record = records.write(path, arguments, result, place.device)
     return [(prompt, body) for prompt, body in record["result"]["solutions"]]
 
 
@@ -181,7 +196,7 @@ def adapt(base: PreTrainedModel, configs: tuple[dict[str, Any], ...]) -> tuple[P
 
 
 def train(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, pairs: list[Solution], rate: float, steps: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: list[Solution], rate: float, steps: int
 ) -> list[float]:
     """The paper's training: Adam at a constant rate, all solutions in each step, the mean over them, clipping at 1.
 
@@ -190,14 +205,13 @@ def train(
     Returns:
         The loss at each step.
     """
-    device = next(model.parameters()).device
-    ids, mask, labels = (tensor.to(device) for tensor in _batch(tokenizer, pairs))
+    ids, mask, labels = (tensor.to(model.device) for tensor in _batch(tokenizer, pairs))
     tuned = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.Adam(tuned, lr=rate)
     model.train()
     losses = []
     for _ in range(steps):
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
         of_tokens = nn.functional.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none")
         loss = (of_tokens.sum(dim=1) / (labels[:, 1:] != -100).sum(dim=1)).mean()
         optimizer.zero_grad()
@@ -225,13 +239,11 @@ def _batch(tokenizer: PreTrainedTokenizerBase, pairs: list[Solution]) -> tuple[T
 
 
 @torch.inference_mode()
-def corpus_loss(model: nn.Module, tokenizer: PreTrainedTokenizerBase, batches: int) -> float:
+def corpus_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batches: int) -> float:
     """Mean loss of the tokens of documents that the pretraining has not seen."""
     losses = []
     for documents in islice(corpus(seed=10_000), batches):
-        inputs = tokenizer(documents, padding=True, padding_side="right", return_tensors="pt").to(
-            next(model.parameters()).device
-        )
+        inputs = tokenizer(documents, padding=True, padding_side="right", return_tensors="pt").to(model.device)
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
         losses.append(model(**inputs, labels=labels, use_cache=False).loss.item())
     return sum(losses) / len(losses)
@@ -249,19 +261,19 @@ def memory(adapter: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: int) -
     return {"tokens": usual, "layers": [float(share) for share in layers], "best_heads": heads}
 
 
-def do(job: Job, folder: Path, counts: Counts, device: str = "cpu") -> dict[str, Any]:
+def do(job: Job, folder: Path, counts: Counts, place: Place) -> dict[str, Any]:
     """Trains and measures, unless the record is there."""
-    path, arguments = job.path(folder), arguments_of(job, counts)
+    path, arguments = job.path(folder), arguments_of(job, counts, place)
     record = records.done(path, arguments)
     if record is not None:
         return record
     training, method, tokenizer = job.training, METHODS[job.training.method], _tokenizer()
     pairs: list[Solution] = []
     if training.method != "base":
-        pairs = solutions(folder, training.model, training.data, job.seed, counts, device)[: training.solutions]
+        pairs = solutions(training.model, training.data, job.seed, folder, counts, place)[: training.solutions]
     start = cpu_seconds()
     torch.manual_seed(job.seed)
-    model, adapters = adapt(_base(training.model, device), method.configs)
+    model, adapters = adapt(_base(training.model, place), method.configs)
     result: dict[str, Any] = {"parameters": sum(w.numel() for w in model.parameters() if w.requires_grad)}
     if job.rate is not None:
         losses = train(model, tokenizer, pairs, job.rate, min(method.steps, counts.steps))
@@ -270,7 +282,7 @@ def do(job: Job, folder: Path, counts: Counts, device: str = "cpu") -> dict[str,
     for use in job.uses:
         result[use.name] = _measure(job, use, model, adapters.get("S0"), context, counts)
     result["cpu_seconds"] = cpu_seconds() - start
-    return records.write(path, arguments, result, device)
+    return records.write(path, arguments, result, place.device)
 
 
 def _measure(
