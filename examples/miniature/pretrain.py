@@ -14,6 +14,7 @@ takes a GPU some minutes.
 import argparse
 import math
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -160,6 +161,28 @@ def _lengthen_memory(mixer: torch.nn.Module) -> None:
     mixer.dt_bias.copy_(dt.expm1().log())  # the inverse of softplus
 
 
+def _loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> torch.Tensor:
+    """The mean over the tokens of a batch."""
+    batch = tokenizer(documents, padding=True, padding_side="right", return_tensors="pt").to(model.device)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type != "cpu"):
+        return model(**batch, labels=labels, use_cache=False).loss
+
+
+def steps_within(
+    seconds: float, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: Base, batches: int = 20
+) -> int:
+    """How many steps a time allows, from that of some batches after as many others; weights stay as they are."""
+    start = 0.0
+    for number, documents in enumerate(islice(corpus(base.seed, base.functions, base.batch), 2 * batches)):
+        if number == batches:
+            start = time.perf_counter()
+        _loss(model, tokenizer, documents).backward()
+        sum(weight.grad.sum() for weight in model.parameters()).item()  # waits for the device
+        model.zero_grad()
+    return int(seconds * batches / (time.perf_counter() - start))
+
+
 def train(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: Base, steps: int, learning_rate: float, seed: int
 ) -> None:
@@ -178,10 +201,7 @@ def train(
     documents_of_steps = islice(corpus(seed, base.functions, base.batch), steps)
     progress = tqdm(documents_of_steps, total=steps, desc="pretraining", unit="batch")
     for step, documents in enumerate(progress):
-        batch = tokenizer(documents, padding=True, padding_side="right", return_tensors="pt").to(model.device)
-        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type != "cpu"):
-            loss = model(**batch, labels=labels, use_cache=False).loss
+        loss = _loss(model, tokenizer, documents)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -190,7 +210,7 @@ def train(
         if step % 20 == 0:
             progress.set_postfix(loss=f"{loss.item():.3f}")
         if step % 100 == 0 or step == steps - 1:
-            progress.write(f"step {step}: loss {loss.item():.3f}", file=sys.stderr)
+            progress.write(f"step {step}: loss {loss.item():.3f}")
 
 
 def main(words: list[str] | None = None) -> None:
@@ -199,6 +219,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("model", nargs="?", choices=[*MODELS], default="tiny-qwen3.5")
     parser.add_argument("--output", type=Path, help="folder to write, in place of the model's own")
     parser.add_argument("--steps", type=int, default=1000, help="batches of functions")
+    parser.add_argument("--minutes", type=float, help="take no more steps than this time allows")
     parser.add_argument("--learning-rate", type=float, help="the highest, in place of the model's own")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--problems", type=int, default=len(HELD_OUT), help="that pass@1 and pass@16 are taken on")
@@ -215,7 +236,12 @@ def main(words: list[str] | None = None) -> None:
     model = build_model(base, tokenizer).to(arguments.device)
     print(f"{model.num_parameters():,} parameters, vocabulary of {len(tokenizer)}")
     learning_rate = arguments.learning_rate or base.learning_rate
-    train(model, tokenizer, base, arguments.steps, learning_rate, seed)
+    steps = arguments.steps
+    if arguments.minutes is not None:
+        steps = min(steps, steps_within(60 * arguments.minutes, model, tokenizer, base))
+    start = time.perf_counter()
+    train(model, tokenizer, base, steps, learning_rate, seed)
+    print(f"{steps} steps in {time.perf_counter() - start:.0f} s", flush=True)
     model.to(torch.float16 if model.device.type == "cpu" else torch.bfloat16).save_pretrained(output)
     tokenizer.save_pretrained(output)
     size = sum(file.stat().st_size for file in output.iterdir())
