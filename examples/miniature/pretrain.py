@@ -75,6 +75,11 @@ def _falcon(**common: object) -> FalconH1Config:
     )
 
 
+def _falcon_weak_attention(**common: object) -> FalconH1Config:
+    """The same, but what attention adds is scaled down: what is kept of a text must be kept in the states."""
+    return _falcon(attention_out_multiplier=0.05, **common)
+
+
 def _qwen_100m(**common: object) -> Qwen3_5TextConfig:
     """Nine recurrent layers and three of attention, in proportion to the real ones; states of 8 heads x 128 x 128."""
     return Qwen3_5TextConfig(
@@ -125,7 +130,7 @@ MODELS = {
     "tiny-qwen3.5-seed-1": Base(_qwen, seed=1),
     "tiny-qwen3.5-no-author": Base(_qwen, functions=1),
     "tiny-qwen3.5-no-memory": Base(_qwen, memory=False),
-    "tiny-falcon-h1-no-memory": Base(_falcon, memory=False),
+    "tiny-falcon-h1-weak-attention": Base(_falcon_weak_attention),
 }
 
 

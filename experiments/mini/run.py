@@ -135,9 +135,7 @@ class Workers:
         return results
 
 
-def best_rates(
-    trainings: Iterable[Training], seeds: range, workers: Workers, *where: Path | Counts | Place
-) -> dict[Training, float]:
+def best_rates(seeds: dict[Training, range], workers: Workers, *where: Path | Counts | Place) -> dict[Training, float]:
     """The rate of each training that solves most validation problems, mean over seeds; of equals the lowest.
 
     Raises:
@@ -146,8 +144,8 @@ def best_rates(
     counts = next(each for each in where if isinstance(each, Counts))
     jobs = [
         Job(training, rate, seed, (HELD_OUT,), tuning=True)
-        for seed in seeds
-        for training in trainings
+        for training, own in seeds.items()
+        for seed in own
         for rate in training.rates[: counts.rates]
     ]
     found = workers.make([(do, (job, *where)) for job in jobs], "choosing rates")
@@ -171,20 +169,21 @@ def main(words: list[str] | None = None) -> None:
     folder = arguments.output
     where = (folder, counts, Place(arguments.device, arguments.dtype))
     uses, seeds = uses_of_trainings(), seeds_of_trainings(arguments.tables, counts.seeds)
-    trained = [training for training in seeds if training.is_trained]
-    tuned = [*dict.fromkeys(training.tuning for training in trained)]
-    tuning_seeds = range(TUNING_SEED, TUNING_SEED + counts.tuning_seeds)
-
+    tuning_seeds = {
+        training.tuning: range(TUNING_SEED, TUNING_SEED + math.ceil(counts.tuning_seeds * len(own) / counts.seeds))
+        for training, own in seeds.items()
+        if training.is_trained
+    }
     needed = dict.fromkeys(
         (training.model, training.data, seed)
         for training, own in seeds.items()
         if training.method != "base"
-        for seed in (*tuning_seeds, *own)
+        for seed in (*tuning_seeds.get(training.tuning, ()), *own)
     )
     deadline = math.inf if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
     with Workers(arguments.workers, deadline) as workers:
         workers.make([(solutions, (*each, *where)) for each in needed], "collecting solutions")
-        rates = best_rates(tuned, tuning_seeds, workers, *where)
+        rates = best_rates(tuning_seeds, workers, *where)
         jobs = [
             Job(training, rates[training.tuning] if training.is_trained else None, seed, uses[training])
             for training, own in seeds.items()

@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import get_peft_config, get_peft_model
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from miniature.evaluate import complete
 from miniature.execute import passes
 from miniature.sample import own_solutions
 from miniature.task import EOS, Problem, corpus, problems, stepwise
-from peft_s0 import analysis
+from peft_s0 import analysis, state_from_prompt
 
 Solution = tuple[str, str]
 """A prompt and its completion."""
@@ -57,7 +58,7 @@ class Counts:
     validation: int = 64
     solutions: int = 50
     steps: int = 50
-    documents: int = 2
+    documents: int = 1
     texts: int = 8
 
 
@@ -162,7 +163,7 @@ def solutions(model: str, data: str, seed: int, folder: Path, counts: Counts, pl
         if data == "redefined":
             found = ((problem, stepwise(problem)) for problem in stream)
         else:
-            found = own_solutions(_base(model, place), _tokenizer(), stream, only_failed=data == "failed")
+            found = own_solutions(_base(model, place), _tokenizer(), stream, only_failed=False)
         pairs = [[problem.prompt, body] for problem, body in islice(found, counts.solutions)]
         result = {"solutions": pairs, "cpu_seconds": cpu_seconds() - start}
         record = records.write(path, arguments, result, place.device)
@@ -256,9 +257,10 @@ def memory(adapter: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: int) -
     usual = max(set(lengths), key=lengths.count)
     chosen = [prompt for prompt, length in zip(prompts, lengths, strict=True) if length == usual][:texts]
     found = analysis.memory(adapter, tokenizer, chosen, positions=[usual])
-    layers = found.survival[:, :, 0].mean(axis=0)
-    heads = [float(each[:, :, 0].mean(axis=0).max()) for each in found.heads]
-    return {"tokens": usual, "layers": [float(share) for share in layers], "best_heads": heads}
+    # A state that has stayed zero, as no gradient reaches it, has no share that is left: nothing of it is.
+    layers = np.nan_to_num(found.survival[:, :, 0]).mean(axis=0)
+    heads = [np.nan_to_num(each[:, :, 0]).mean(axis=0).max() for each in found.heads]
+    return {"tokens": usual, "layers": [*map(float, layers)], "best_heads": [*map(float, heads)]}
 
 
 def do(job: Job, folder: Path, counts: Counts, place: Place) -> dict[str, Any]:
@@ -278,7 +280,11 @@ def do(job: Job, folder: Path, counts: Counts, place: Place) -> dict[str, Any]:
     if job.rate is not None:
         losses = train(model, tokenizer, pairs, job.rate, min(method.steps, counts.steps))
         result.update(first_loss=losses[0], last_loss=losses[-1], training_cpu_seconds=cpu_seconds() - start)
-    context = "".join(prompt + body + EOS for prompt, body in pairs[:2]) if training.method == "prompt" else ""
+    context = "".join(prompt + body + EOS for prompt, body in pairs[:2])
+    if training.method == "prompt-state":
+        state_from_prompt(model, tokenizer, context)
+    if training.method != "prompt":
+        context = ""
     for use in job.uses:
         result[use.name] = _measure(job, use, model, adapters.get("S0"), context, counts)
     result["cpu_seconds"] = cpu_seconds() - start
