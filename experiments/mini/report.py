@@ -21,21 +21,8 @@ sys.path[:0] = [str(ROOT / "examples"), str(HERE.parent)]
 
 import matplotlib as mpl  # noqa: E402
 
-from mini.plan import (  # noqa: E402  # noqa: E402
-    ALPHAS,
-    CORPUS,
-    FALCON,
-    HELD_OUT,
-    MEMORY,
-    METHODS,
-    QWEN,
-    RECURRENT_LAYERS,
-    TABLES,
-    Row,
-    Table,
-    Training,
-    Use,
-)
+from mini import plan  # noqa: E402
+from mini.plan import CORPUS, FALCON, HELD_OUT, LARGE, MEMORY, METHODS, QWEN, TABLES, Row, Table, Training  # noqa: E402
 from mini.results import Results  # noqa: E402
 from welch import welch  # noqa: E402
 
@@ -104,21 +91,27 @@ def markdown(table: Table, results: Results) -> str:
 
 
 def cost(results: Results) -> str:
-    """What the run took, and where."""
-    seconds = sum(head["cpu_seconds"] for head in results.heads.values())
-    head = next(iter(results.heads.values()))
-    versions = ", ".join(f"{name} {head['versions'][name]}" for name in ("torch", "transformers", "peft"))
-    return f"Measured with {versions}, in {seconds / 60:.0f} minutes of one CPU core ({head['device']}).\n"
+    """What the runs took, and where."""
+    lines = []
+    for device in dict.fromkeys(head["device"] for head in results.heads.values()):
+        heads = [head for head in results.heads.values() if head["device"] == device]
+        versions = ", ".join(f"{name} {heads[0]['versions'][name]}" for name in ("torch", "transformers", "peft"))
+        minutes = sum(head["cpu_seconds"] for head in heads) / 60
+        models = ", ".join(name for name, head in results.heads.items() if head["device"] == device)
+        date = max(head["date"] for head in heads)[:10]
+        lines.append(f"- {models}: {date}, {device}, {versions}; {minutes:.0f} minutes of one CPU core\n")
+    return "".join(lines)
 
 
 def tuning(results: Results) -> str:
     """How each method of the main tables did at each rate, on validation problems."""
-    lines = [["", "tiny Qwen3.5", "tiny FalconH1"], ["---"] * 3]
+    models = {model: title for model, title in _TITLES.items() if model in results.heads}
+    lines = [["", *models.values()], ["---"] * (len(models) + 1)]
     for row in TABLES["main"].rows:
         if not row.training.is_trained:
             continue
         cells = []
-        for model in (QWEN, FALCON):
+        for model in models:
             training = Training(model, row.training.method)
             chosen = results.rate(training)
             tried = results.tuning(training)
@@ -129,26 +122,27 @@ def tuning(results: Results) -> str:
 
 
 def blocks(results: Results) -> dict[str, str]:
-    """All that the page shows, by name."""
-    return {
-        **{name: markdown(table, results) for name, table in TABLES.items()},
-        "tuning": tuning(results),
-        "cost": cost(results),
-    }
+    """All that the page can show, by name: of what there are results."""
+    tables = {name: markdown(table, results) for name, table in TABLES.items() if _has_results(table, results)}
+    return {**tables, "tuning": tuning(results), "cost": cost(results)}
+
+
+def _has_results(table: Table, results: Results) -> bool:
+    return any(rates_of(results, row) for row in table.rows)
 
 
 def filled(page: str, results: Results) -> str:
     """The page with its tables made anew.
 
     Raises:
-        ValueError: If it has a table that is not known.
+        ValueError: If it has a table of which there are no results.
     """
     known = blocks(results)
 
     def fill(match: re.Match[str]) -> str:
         start, name, end = match.groups()
         if name not in known:
-            raise ValueError(f"The page has a table {name!r}; there are {', '.join(known)}.")
+            raise ValueError(f"The page has a table {name!r}; there are results of {', '.join(known)}.")
         return f"{start}\n{known[name]}\n{end}"
 
     return _BLOCK.sub(fill, page)
@@ -165,22 +159,28 @@ def _colour(method: str) -> str:
     return _WEIGHTS if METHODS[method].configs else _NONE
 
 
+_TITLES = {QWEN: "tiny Qwen3.5", FALCON: "tiny FalconH1", LARGE: "Qwen3.5 of 100 M"}
+
+
 def _draw_main(results: Results, path: Path) -> None:
-    """The main tables: a bar for each method, a dot for each seed."""
+    """The main tables: a bar for each method, a line for each seed."""
     from matplotlib import pyplot as plt
 
-    figure, both = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained", sharey=True)
-    for axes, name, title in zip(both, ("main", "main-falcon"), ("tiny Qwen3.5", "tiny FalconH1"), strict=True):
-        for place, row in enumerate(TABLES[name].rows):
-            values = rates_of(results, row)
-            if not values:
-                continue
-            axes.barh(place, statistics.mean(values), 0.7, color=_colour(row.training.method), alpha=0.55)
-            axes.plot(values, [place] * len(values), "|", color="black", markersize=7, markeredgewidth=0.9)
-        axes.set(title=title, xlabel="greedy pass@1, %; each line a seed", xlim=(0, 103))
-        axes.set_yticks(range(len(TABLES[name].rows)), [row.title for row in TABLES[name].rows])
+    shown = {model: table for name, model in _MAIN_TABLES.items() if _has_results(table := TABLES[name], results)}
+    methods = list(dict.fromkeys(row.training.method for table in shown.values() for row in table.rows))
+    figure, all_axes = plt.subplots(
+        1, len(shown), figsize=(2 + 3.6 * len(shown), 4.4), layout="constrained", sharey=True, squeeze=False
+    )
+    for axes, (model, table) in zip(all_axes[0], shown.items(), strict=True):
+        for row in table.rows:
+            values, place = rates_of(results, row), methods.index(row.training.method)
+            if values:
+                axes.barh(place, statistics.mean(values), 0.7, color=_colour(row.training.method), alpha=0.55)
+                axes.plot(values, [place] * len(values), "|", color="black", markersize=7, markeredgewidth=0.9)
+        axes.set(title=_TITLES[model], xlabel="greedy pass@1, %; each line a seed", xlim=(0, 103))
         axes.spines[["top", "right"]].set_visible(False)
-    both[0].invert_yaxis()
+    all_axes[0, 0].set_yticks(range(len(methods)), [METHODS[method].label for method in methods])
+    all_axes[0, 0].invert_yaxis()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -199,63 +199,53 @@ def _line(axes: Any, xs: Sequence[float], columns: Sequence[Sequence[float]], **
 
 
 def _draw_curves(results: Results, path: Path) -> None:
-    """Alpha in use; how many solutions."""
+    """Alpha in use; how many solutions; each layer alone, and what is left of its state at the prompt's end."""
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", sharey=True)
-    for model, colour, title in ((QWEN, _STATES, "tiny Qwen3.5"), (FALCON, _WEIGHTS, "tiny FalconH1")):
-        points = {1.0: HELD_OUT, **{alpha: Use(alpha=alpha) for alpha in ALPHAS}}
-        alphas = sorted(points)
-        s0 = Training(model, "s0")
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained", sharey=True)
+    for model, colour in ((QWEN, _STATES), (LARGE, _BOTH)):
+        points = {1.0: HELD_OUT, **{alpha: plan.Use(alpha=alpha) for alpha in plan.ALPHAS}}
+        alphas, s0 = sorted(points), Training(model, "s0")
         columns = [rates_of(results, Row(s0, points[alpha])) for alpha in alphas]
-        _line(left, alphas, columns, color=colour, label=title)
-        base = rates_of(results, Row(Training(model, "base")))
-        if base:
-            left.axhline(base[0], color=colour, linestyle=":", linewidth=1)
+        _line(left, alphas, columns, color=colour, label=_TITLES[model])
     left.set(xscale="log", xlabel="alpha in use, of states trained at 1", ylabel="greedy pass@1, %", ylim=(0, 103))
-    left.legend(frameon=False, title="dotted: base", loc="lower right")
-    methods = dict.fromkeys(row.training.method for row in TABLES["data"].rows)
-    for method, colour in zip(methods, ("#2a6f97", "#7fb7be", "#e09f3e", "#a63d40"), strict=True):
-        rows = [row for row in TABLES["data"].rows if row.training.method == method]
-        columns = [rates_of(results, row) for row in rows]
-        _line(right, [row.training.solutions for row in rows], columns, color=colour, label=METHODS[method].label)
-    right.set(xlabel="verified solutions, tiny Qwen3.5", xticks=[10, 25, 50])
-    right.legend(frameon=False, loc="lower right")
-    for axes in (left, right):
+    rows = [*TABLES["data"].rows]
+    methods = dict.fromkeys(row.training.method for row in rows)
+    for method, colour in zip(methods, ("#2a6f97", "#7fb7be", "#e09f3e"), strict=True):
+        own = [row for row in rows if row.training.method == method]
+        columns = [rates_of(results, row) for row in own]
+        _line(middle, [row.training.solutions for row in own], columns, color=colour, label=METHODS[method].label)
+    middle.set(xlabel="verified solutions, tiny Qwen3.5", xticks=[10, 25, plan.SOLUTIONS])
+    for layer in plan.RECURRENT_LAYERS:
+        row = Row(Training(QWEN, f"s0-layer-{layer}"))
+        values, found = rates_of(results, row), results.values(row.training, MEMORY.name)
+        if values and found:
+            share = statistics.mean(each["layers"][0] for each in found)
+            right.bar(layer, statistics.mean(values), 0.6, color=_STATES, alpha=0.55)
+            right.plot([layer] * len(values), values, "_", color="black", markersize=9)
+            right.annotate(f"{share:.0%} left", (layer, 4), ha="center")
+    right.set(xlabel="the layer that is tuned alone, tiny Qwen3.5; how much\nof its state is left at the prompt's end")
+    right.set_xticks(plan.RECURRENT_LAYERS)
+    base = rates_of(results, Row(Training(QWEN, "base")))
+    for axes in (left, middle, right):
+        if base:
+            axes.axhline(base[0], color="black", linestyle=":", linewidth=1, label="base")
         axes.spines[["top", "right"]].set_visible(False)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, loc="lower right" if axes is middle else "upper left")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def _draw_layers(results: Results, path: Path) -> None:
-    """Each layer alone: what is left of its state at the prompt's end, and what tuning it gives."""
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(5, 3.8), layout="constrained")
-    for model, colour, title in ((QWEN, _STATES, "tiny Qwen3.5"), (FALCON, _WEIGHTS, "tiny FalconH1")):
-        for layer in RECURRENT_LAYERS:
-            row = Row(Training(model, f"s0-layer-{layer}"))
-            values, found = rates_of(results, row), results.values(row.training, MEMORY.name)
-            if not values or not found:
-                continue
-            share = 100 * statistics.mean(each["layers"][0] for each in found)
-            error = statistics.stdev(values) if len(values) > 1 else 0.0
-            label = title if layer == RECURRENT_LAYERS[0] else None
-            axes.errorbar(share, statistics.mean(values), error, fmt="o", color=colour, capsize=3, label=label)
-            axes.annotate(f"layer {layer}", (share, statistics.mean(values)), (6, 5), textcoords="offset points")
-    axes.set(xlabel="state left at the prompt's end, %", ylabel="greedy pass@1 of this layer alone, %", ylim=(0, 103))
-    axes.legend(frameon=False, loc="lower right")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+_MAIN_TABLES = {"main": QWEN, "main-falcon": FALCON, "main-large": LARGE}
 
 
 def draw(results: Results, folder: Path) -> None:
-    """All figures."""
+    """All figures of which there are results."""
     mpl.use("Agg")
-    _draw_main(results, folder / "miniature.png")
-    _draw_curves(results, folder / "miniature-curves.png")
-    _draw_layers(results, folder / "miniature-layers.png")
+    if any(_has_results(TABLES[name], results) for name in _MAIN_TABLES):
+        _draw_main(results, folder / "miniature.png")
+        _draw_curves(results, folder / "miniature-curves.png")
 
 
 def write_report(results: Path, folder: Path) -> None:
@@ -264,13 +254,13 @@ def write_report(results: Path, folder: Path) -> None:
     read = Results(results)
     titles = {**{name: table.title for name, table in TABLES.items()}, "tuning": "Learning rates", "cost": "Cost"}
     sections = [f"## {titles[name]}\n\n{text}" for name, text in blocks(read).items()]
-    figures = "".join(f"![]({name}.png)\n" for name in ("miniature", "miniature-curves", "miniature-layers"))
+    draw(read, folder)
+    figures = "".join(f"![]({path.name})\n" for path in sorted(folder.glob("*.png")))
     heading = (
         "# S0 tuning in miniature\n\n± is the standard deviation over seeds; p is of Welch's t-test; * a rate at the "
         "edge of those that were tried.\n\n"
     )
     (folder / "report.md").write_text(f"{heading}{figures}\n" + "\n".join(sections))
-    draw(read, folder)
 
 
 def publish(results: Path) -> None:
