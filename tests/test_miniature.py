@@ -37,21 +37,25 @@ COUNTS = {
     "texts": 1,
 }
 S0 = Training(QWEN, "s0")
+REDEFINED = [Training(QWEN, method, "redefined") for method in ("s0", "offset", "lora-r12")]
 HERE = Place()
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
 
 
-def command(output: Path, *words: str, tables: tuple[str, ...] = ("alpha",)) -> list[str]:
+ALL = ("alpha", "redefined")
+
+
+def command(output: Path, *tables: str) -> list[str]:
     counts = itertools.chain.from_iterable((f"--{name}", str(number)) for name, number in COUNTS.items())
-    return ["--tables", *tables, "--output", str(output), "--workers", "1", *counts, *words]
+    return ["--tables", *tables, "--output", str(output), "--workers", "1", *counts]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of two tables."""
+    """The folder of a run of two tables: one of solutions that the model wrote, one of solutions that it is given."""
     output = tmp_path_factory.mktemp("miniature")
-    run.main(command(output, tables=("alpha", "no-memory")))
+    run.main(command(output, *ALL))
     return output
 
 
@@ -60,16 +64,16 @@ def jobs(output: Path) -> dict[Path, str]:
 
 
 def test_a_run_ends_in_a_report(finished: Path) -> None:
-    methods = {"alpha": ("s0", "s0-paper"), "no-memory": ("s0", "offset", "lora-r12")}
+    methods = {"alpha": ("s0", "s0-paper"), "redefined": ("s0", "offset", "lora-r12")}
     trainings = sum(map(len, methods.values()))
-    collected = 2 * (1 + 2)  # each model's, for a tuning seed and two others
+    collected = 2 * (1 + 2)  # of each kind, for a tuning seed and two others
     assert len(jobs(finished)) == collected + trainings * (2 + 2) + 1  # two rates, two seeds; the base model once
 
     results = Results(finished / "results")
     assert len(results.values(S0, "held-out at alpha 0.07")) == 2
     text = (finished / "report" / "report.md").read_text()
     assert TABLES["alpha"].title in text
-    assert TABLES["no-memory"].title in text
+    assert TABLES["redefined"].title in text
     assert TABLES["main-large"].title not in text
     shown = statistics.mean(results.values(S0, HELD_OUT.name))
     assert f"{100 * shown:.1f}" in next(line for line in text.splitlines() if "trained and used at 1 |" in line)
@@ -91,7 +95,7 @@ def test_a_run_that_was_finished_does_nothing_again(finished: Path, monkeypatch:
     stamps = {path: path.stat().st_mtime_ns for path in before}
     for name in ("train", "complete", "own_solutions", "corpus_loss"):
         monkeypatch.setattr(work, name, lambda *_, **__: pytest.fail("it is done already"))
-    run.main(command(finished, tables=("alpha", "no-memory")))
+    run.main(command(finished, *ALL))
     assert jobs(finished) == before
     assert {path: path.stat().st_mtime_ns for path in before} == stamps
 
@@ -119,17 +123,17 @@ def test_an_interrupted_run_goes_on(finished: Path, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(work, "train", stops)
     with pytest.raises(Stopped):
-        run.main(command(tmp_path))
+        run.main(command(tmp_path, "redefined"))
     assert len(trainings) == 3
     # Also a writer that was killed: its file is not a record yet, and is no result.
-    left = S0.name.partition("/")
-    half = tmp_path / "jobs" / left[0] / f"{left[2]}-final-{S0.rates[0]:g}-0.json.1.part"
+    half = tmp_path / "jobs" / f"{REDEFINED[0].name}-final-{REDEFINED[0].rates[0]:g}-0.json.1.part"
     half.write_text('{"arguments": {')
-    run.main(command(tmp_path))
-    assert len(trainings) == 3 + 2 * (2 + 2) - 2
+    run.main(command(tmp_path, "redefined"))
+    assert len(trainings) == 1 + len(REDEFINED) * (2 + 2)  # that which was stopped was begun twice
     assert half.exists()
-    for training in (S0, Training(QWEN, "s0-paper")):
-        whole, resumed = Results(finished / "results"), Results(tmp_path / "results")
+    whole, resumed = Results(finished / "results"), Results(tmp_path / "results")
+    for training in REDEFINED:
+        assert resumed.rate(training) == whole.rate(training)
         assert resumed.values(training, HELD_OUT.name) == whole.values(training, HELD_OUT.name)
         assert resumed.values(training, "last_loss") == whole.values(training, "last_loss")
 
@@ -246,7 +250,7 @@ def test_the_large_model_is_one_in_proportion() -> None:
 
 def test_pretraining_takes_the_steps_that_time_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = build_tokenizer()
-    base = pretrain.Base(pretrain.MODELS[QWEN].config, batch=2)
+    base = pretrain.Base(pretrain.MODELS[QWEN].config, batch=4)
     model = pretrain.build_model(base, tokenizer)
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     clock = iter((0.0, 4.0))
@@ -267,11 +271,20 @@ def test_models_of_all_tables_are_there() -> None:
         assert (folder_of(name) / "model.safetensors").stat().st_size < 2e6
 
 
-def test_a_zero_state_has_nothing_left() -> None:
+def test_a_head_whose_state_is_zero_has_nothing_left() -> None:
     tokenizer = load_tokenizer()
-    _, adapters = work.adapt(load_base().requires_grad_(False), METHODS["s0"].configs)
-    found = work.memory(adapters["S0"], tokenizer, 1)
-    assert found["layers"] == [0.0] * 3 == found["best_heads"]
+    model, adapters = work.adapt(load_base().requires_grad_(False), METHODS["s0"].configs)
+    states = [weight for name, weight in model.named_parameters() if "s0_state" in name]
+    torch.manual_seed(0)
+    for state in states:
+        state.data.normal_()
+    whole = work.memory(adapters["S0"], tokenizer, 2)
+    assert all(0 < best < 1 for best in whole["best_heads"])
+    for state in states:
+        state.data[1:] = 0
+    one = work.memory(adapters["S0"], tokenizer, 2)
+    assert one["best_heads"] == pytest.approx(one["layers"])  # the others have nothing to keep
+    assert all(share <= best + 1e-6 for share, best in zip(one["best_heads"], whole["best_heads"], strict=True))
 
 
 def test_a_table_is_computed_from_results(tmp_path: Path) -> None:
