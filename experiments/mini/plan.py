@@ -269,7 +269,11 @@ TABLES = {
     "other-seed": _control("Another pretraining of the tiny Qwen3.5", OTHER_SEED, methods=("base", "s0", "lora-r12")),
     "no-author": _control("Control: no hidden author, tiny Qwen3.5", NO_AUTHOR),
     "no-memory": _control("Control: no memory in the gates, tiny Qwen3.5", NO_MEMORY),
-    "weak-attention": _control("The tiny FalconH1, pretrained with weak attention", WEAK_ATTENTION),
+    "weak-attention": _control(
+        "The tiny FalconH1, pretrained with weak attention",
+        WEAK_ATTENTION,
+        methods=("base", "prompt", "prompt-state", "s0", "offset", "lora-r12"),
+    ),
     "redefined": _control('Control: new knowledge, "double" means to multiply by 4, tiny Qwen3.5', QWEN, "redefined"),
     "long": Table(
         "Control: new ability, programs of 5 to 7 steps, tiny Qwen3.5",
