@@ -135,15 +135,15 @@ def filled(page: str, results: Results) -> str:
     """The page with its tables made anew.
 
     Raises:
-        ValueError: If it has a table of which there are no results.
+        ValueError: If it has a table that is not known.
     """
     known = blocks(results)
 
     def fill(match: re.Match[str]) -> str:
         start, name, end = match.groups()
-        if name not in known:
-            raise ValueError(f"The page has a table {name!r}; there are results of {', '.join(known)}.")
-        return f"{start}\n{known[name]}\n{end}"
+        if name not in known and name not in TABLES:
+            raise ValueError(f"The page has a table {name!r}; there are {', '.join([*TABLES, *known])}.")
+        return f"{start}\n{known.get(name, 'Not measured yet.\\n')}\n{end}"
 
     return _BLOCK.sub(fill, page)
 
