@@ -29,6 +29,7 @@ from welch import welch  # noqa: E402
 RESULTS = HERE / "results"
 PAGE = ROOT / "docs" / "miniature.md"
 _BLOCK = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_NOT_YET = "Not measured yet.\n"
 _COLUMNS = {
     "parameters": "parameters",
     "rate": "rate",
@@ -143,7 +144,7 @@ def filled(page: str, results: Results) -> str:
         start, name, end = match.groups()
         if name not in known and name not in TABLES:
             raise ValueError(f"The page has a table {name!r}; there are {', '.join([*TABLES, *known])}.")
-        return f"{start}\n{known.get(name, 'Not measured yet.\\n')}\n{end}"
+        return f"{start}\n{known.get(name, _NOT_YET)}\n{end}"
 
     return _BLOCK.sub(fill, page)
 
