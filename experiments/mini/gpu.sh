@@ -4,9 +4,7 @@
 #
 #     bash experiments/mini/gpu.sh OUTPUT
 #
-# OUTPUT gets results/, report/ and pretraining.txt; the base model and the records go to WORK, from where the same command
-# goes on. The model runs on PyTorch's own operations, so that its training does not depend on the version of Triton:
-# KERNELS=1 takes flash-linear-attention where it is installed.
+# OUTPUT gets results/, report/ and pretraining.txt; the records go to WORK, from where the same command goes on.
 set -euo pipefail
 
 output=$(realpath -m "${1:?"the folder to write is missing: bash experiments/mini/gpu.sh OUTPUT"}")
@@ -16,11 +14,6 @@ began=$SECONDS
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 mkdir -p "$output" "$work"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
-if [[ -z ${KERNELS:-} ]]; then
-    mkdir -p "$work/without/fla"
-    echo 'raise ImportError("hidden by experiments/mini/gpu.sh")' > "$work/without/fla/__init__.py"
-    export PYTHONPATH="$work/without:$PYTHONPATH"
-fi
 
 if [[ ! -f experiments/mini/models/qwen3.5-100m/config.json ]]; then
     python3 examples/miniature/pretrain.py qwen3.5-100m --device "$device" --steps "${STEPS:-1200}" \

@@ -24,14 +24,17 @@ Rates = dict[str, tuple[float, ...]]
 STATE_RATES: Rates = {
     "": (1e-3, 3e-3, 1e-2, 3e-2),
     FALCON: (1e-2, 3e-2, 1e-1, 3e-1),  # its states are larger
+    WEAK_ATTENTION: (1e-3, 3e-3, 1e-2, 3e-2),
     LARGE: (3e-4, 1e-3, 3e-3, 1e-2),
 }
+OFFSET_RATES: Rates = {**STATE_RATES, "": (3e-4, 1e-3, 3e-3, 1e-2)}  # it is added at every token
 PAPER_ALPHA_RATES: Rates = {
     "": (1e-2, 3e-2, 1e-1, 3e-1),  # a state that enters scaled by 0.07 must grow that much larger
     FALCON: STATE_RATES[FALCON],
     LARGE: (1e-3, 1e-2, 3e-2, 1e-1),  # from the paper's up
 }
 WEIGHT_RATES: Rates = {"": (2e-4, 6e-4, 2e-3, 6e-3), LARGE: (1e-4, 3e-4, 1e-3, 3e-3)}
+MIXER_RATES: Rates = {**WEIGHT_RATES, "": (6e-4, 2e-3, 6e-3, 2e-2)}
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,8 @@ class Method:
     steps: int = 20
 
 
-def _state(label: str, **fields: Any) -> Method:
-    return Method(label, ({"peft_type": "S0", "alpha": 1.0, **fields},), STATE_RATES)
+def _state(label: str, rates: Rates = STATE_RATES, **fields: Any) -> Method:
+    return Method(label, ({"peft_type": "S0", "alpha": 1.0, **fields},), rates)
 
 
 def _lora_config(rank: int, targets: str = "attention") -> dict[str, Any]:
@@ -71,10 +74,10 @@ METHODS = {
     "s0": _state("S0"),
     # Without "alpha" it is the paper's: 0.07 for the gated delta rule, 0.65 for Mamba-2.
     "s0-paper": Method("S0, the paper's alpha", ({"peft_type": "S0"},), PAPER_ALPHA_RATES),
-    "offset": _state("state-offset", variant="offset"),
-    "both": _state("S0 and offset", variant="both"),
+    "offset": _state("state-offset", OFFSET_RATES, variant="offset"),
+    "both": _state("S0 and offset", OFFSET_RATES, variant="both"),
     **{f"lora-r{rank}": _lora(rank) for rank in (4, 12, 24, 48)},
-    "lora-mixers": Method("LoRA r4 on the mixers", (_lora_config(4, "mixers"),), WEIGHT_RATES, 50),
+    "lora-mixers": Method("LoRA r4 on the mixers", (_lora_config(4, "mixers"),), MIXER_RATES, 50),
     "s0+lora": Method("S0 and LoRA r12", ({"peft_type": "S0", "alpha": 1.0}, _lora_config(12)), WEIGHT_RATES, 50),
     **{
         f"s0-layer-{layer}": _state(f"S0, layer {layer} alone", layers_to_transform=[layer])
@@ -238,6 +241,10 @@ def _control(title: str, model: str, data: str = "verified", methods: tuple[str,
     return Table(title, rows, methods.index("s0"), ("rate", "memory", "pass@1", "p", "corpus"), seeds=5)
 
 
+def _with_row(table: Table, row: Row) -> Table:
+    return replace(table, rows=(*table.rows, row))
+
+
 TABLES = {
     "main-large": _main(LARGE, "Qwen3.5 of 100 M parameters", _MAIN_LARGE),
     "alpha-large": Table("Conventions for alpha, 100 M parameters", _alphas(LARGE, 0.07), 0, ("rate", "pass@1", "p")),
@@ -269,10 +276,13 @@ TABLES = {
     "other-seed": _control("Another pretraining of the tiny Qwen3.5", OTHER_SEED, methods=("base", "s0", "lora-r12")),
     "no-author": _control("Control: no hidden author, tiny Qwen3.5", NO_AUTHOR),
     "no-memory": _control("Control: no memory in the gates, tiny Qwen3.5", NO_MEMORY),
-    "weak-attention": _control(
-        "The tiny FalconH1, pretrained with weak attention",
-        WEAK_ATTENTION,
-        methods=("base", "prompt", "prompt-state", "s0", "offset", "lora-r12"),
+    "weak-attention": _with_row(
+        _control(
+            "The tiny FalconH1, pretrained with weak attention",
+            WEAK_ATTENTION,
+            methods=("base", "prompt", "prompt-state", "s0", "offset", "lora-r12"),
+        ),
+        Row(Training(FALCON, "s0"), label="S0, attention of the usual strength", also=(CORPUS, MEMORY)),
     ),
     "redefined": _control('Control: new knowledge, "double" means to multiply by 4, tiny Qwen3.5', QWEN, "redefined"),
     "long": Table(

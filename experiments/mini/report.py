@@ -29,7 +29,6 @@ from welch import welch  # noqa: E402
 RESULTS = HERE / "results"
 PAGE = ROOT / "docs" / "miniature.md"
 _BLOCK = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-_NOT_YET = "Not measured yet.\n"
 _COLUMNS = {
     "parameters": "parameters",
     "rate": "rate",
@@ -82,13 +81,20 @@ def _cell(column: str, results: Results, row: Row, table: Table) -> str:
     return f"**{text}**" if statistics.mean(values) == best else text
 
 
+def _lines(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells in Markdown, the first of them the heads of the columns."""
+    head, *body = rows
+    return "".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *body))
+
+
 def markdown(table: Table, results: Results) -> str:
     """One table. The best is bold."""
     columns = [column for column in table.columns if column != "p" or table.reference is not None]
     reference = "" if table.reference is None else table.rows[table.reference].title
-    lines = [["", *(_COLUMNS[column].format(reference) for column in columns)], ["---"] * (len(columns) + 1)]
-    lines += [[row.title, *(_cell(column, results, row, table) for column in columns)] for row in table.rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    heads = ["", *(_COLUMNS[column].format(reference) for column in columns)]
+    return _lines(
+        [heads, *([row.title, *(_cell(column, results, row, table) for column in columns)] for row in table.rows)]
+    )
 
 
 def cost(results: Results) -> str:
@@ -100,14 +106,14 @@ def cost(results: Results) -> str:
         minutes = sum(head["cpu_seconds"] for head in heads) / 60
         models = ", ".join(name for name, head in results.heads.items() if head["device"] == device)
         date = max(head["date"] for head in heads)[:10]
-        lines.append(f"- {models}: {date}, {device}, {versions}; {minutes:.0f} minutes of one CPU core\n")
+        lines.append(f"- {minutes:.0f} minutes of one CPU core: {models} on {device}, {date}, {versions}\n")
     return "".join(lines)
 
 
 def tuning(results: Results) -> str:
     """How each method of the main tables did at each rate, on validation problems."""
     models = {model: title for model, title in _TITLES.items() if model in results.heads}
-    lines = [["", *models.values()], ["---"] * (len(models) + 1)]
+    lines = [["", *models.values()]]
     for row in TABLES["main"].rows:
         if not row.training.is_trained:
             continue
@@ -119,7 +125,7 @@ def tuning(results: Results) -> str:
             shown = ((f"{rate:g}: {share:.0%}", rate == chosen) for rate, share in tried.items())
             cells.append(", ".join(f"**{text}**" if best else text for text, best in shown))
         lines.append([row.title, *cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return _lines(lines)
 
 
 def blocks(results: Results) -> dict[str, str]:
@@ -133,7 +139,7 @@ def _has_results(table: Table, results: Results) -> bool:
 
 
 def filled(page: str, results: Results) -> str:
-    """The page with its tables made anew.
+    """The page with its tables made anew; those without results stay empty.
 
     Raises:
         ValueError: If it has a table that is not known.
@@ -144,7 +150,7 @@ def filled(page: str, results: Results) -> str:
         start, name, end = match.groups()
         if name not in known and name not in TABLES:
             raise ValueError(f"The page has a table {name!r}; there are {', '.join([*TABLES, *known])}.")
-        return f"{start}\n{known.get(name, _NOT_YET)}\n{end}"
+        return f"{start}\n{known[name]}\n{end}" if name in known else start + end
 
     return _BLOCK.sub(fill, page)
 

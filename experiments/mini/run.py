@@ -135,8 +135,22 @@ class Workers:
         return results
 
 
+def best_rate(shares: dict[float, float]) -> float:
+    """The rate with the highest share of problems solved; of equals the one whose neighbours do best, then the lowest.
+
+    A method often solves everything at several rates: the one in their midst is the safest for other seeds.
+    """
+    rates = sorted(shares)
+
+    def merit(place: int) -> tuple[float, float]:
+        neighbours = [shares[rates[other]] for other in (place - 1, place + 1) if 0 <= other < len(rates)]
+        return shares[rates[place]], statistics.mean(neighbours) if neighbours else 0.0
+
+    return rates[max(range(len(rates)), key=merit)]
+
+
 def best_rates(seeds: dict[Training, range], workers: Workers, *where: Path | Counts | Place) -> dict[Training, float]:
-    """The rate of each training that solves most validation problems, mean over seeds; of equals the lowest.
+    """The `best_rate` of each training, by the validation problems that it solves, mean over seeds.
 
     Raises:
         TimeoutError: If the time was over before all rates were tried.
@@ -157,7 +171,7 @@ def best_rates(seeds: dict[Training, range], workers: Workers, *where: Path | Co
     for job, record in zip(jobs, found, strict=True):
         scores.setdefault(job.training, {}).setdefault(job.rate, []).append(record["result"][HELD_OUT.name])
     return {
-        training: max(sorted(of_rates), key=lambda rate: statistics.mean(of_rates[rate]))
+        training: best_rate({rate: statistics.mean(found) for rate, found in of_rates.items()})
         for training, of_rates in scores.items()
     }
 
