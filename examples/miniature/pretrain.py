@@ -8,7 +8,7 @@ on one CPU core, and writes the folder `examples/models/tiny-qwen3.5`. The other
 
     python examples/miniature/pretrain.py qwen3.5-100m --device cuda
 
-takes a GPU some minutes.
+is for a GPU.
 """
 
 import argparse

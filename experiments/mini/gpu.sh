@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The miniature at 100 M parameters, on one GPU, in some eight minutes: pretrains the base model, says what it can do, and
-# makes the tables of it.
+# The miniature at 100 M parameters, on one GPU: pretrains the base model, says what it can do, and makes the tables of it.
+# After MINUTES, 8 unless said otherwise, nothing new is begun.
 #
 #     bash experiments/mini/gpu.sh OUTPUT
 #

@@ -32,7 +32,7 @@ _BLOCK = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _COLUMNS = {
     "parameters": "parameters",
     "rate": "rate",
-    "memory": "state left at the prompt's end",
+    "memory": "state left at the prompt's end, %",
     "pass@1": "pass@1, %",
     "p": "p against {}",
     "corpus": "loss on the corpus",
@@ -51,10 +51,10 @@ def rates_of(results: Results, row: Row) -> list[float]:
 
 
 def _memory(results: Results, row: Row) -> str:
-    """The share of the state that is left, mean over seeds, of each layer that has one."""
+    """How much of the state is left, mean over seeds, of each layer that has one."""
     found = results.values(row.training, MEMORY.name)
     layers = zip(*(each["layers"] for each in found), strict=True)
-    return " / ".join(f"{statistics.mean(shares):.2%}" for shares in layers)
+    return " / ".join(f"{100 * statistics.mean(shares):.0f}" for shares in layers)
 
 
 def _cell(column: str, results: Results, row: Row, table: Table) -> str:
@@ -209,7 +209,7 @@ def _draw_curves(results: Results, path: Path) -> None:
     """Alpha in use; how many solutions; each layer alone, and what is left of its state at the prompt's end."""
     from matplotlib import pyplot as plt
 
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained", sharey=True)
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(10.5, 3.6), layout="constrained", sharey=True)
     for model, colour in ((QWEN, _STATES), (LARGE, _BOTH)):
         points = {1.0: HELD_OUT, **{alpha: plan.Use(alpha=alpha) for alpha in plan.ALPHAS}}
         alphas, s0 = sorted(points), Training(model, "s0")
@@ -231,15 +231,15 @@ def _draw_curves(results: Results, path: Path) -> None:
             right.bar(layer, statistics.mean(values), 0.6, color=_STATES, alpha=0.55)
             right.plot([layer] * len(values), values, "_", color="black", markersize=9)
             right.annotate(f"{share:.0%} left", (layer, 4), ha="center")
-    right.set(xlabel="the layer that is tuned alone, tiny Qwen3.5; how much\nof its state is left at the prompt's end")
+    right.set(xlabel="the layer that is tuned alone, tiny Qwen3.5;\nhow much of its state the prompt leaves")
     right.set_xticks(plan.RECURRENT_LAYERS)
     base = rates_of(results, Row(Training(QWEN, "base")))
     for axes in (left, middle, right):
         if base:
             axes.axhline(base[0], color="black", linestyle=":", linewidth=1, label="base")
         axes.spines[["top", "right"]].set_visible(False)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, loc="lower right" if axes is middle else "upper left")
+        if axes is not right and axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, loc="center right" if axes is middle else "upper left")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
