@@ -46,8 +46,7 @@ HERE = Place()
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
 
-
-ALL = ("alpha", "redefined")
+TWO_TABLES = ("alpha", "redefined")
 
 
 def command(output: Path, *tables: str) -> list[str]:
@@ -61,7 +60,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("miniature")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sample, "_PROBLEMS_AT_ONCE", 8)  # three solutions are found among fewer
-        run.main(command(output, *ALL))
+        run.main(command(output, *TWO_TABLES))
     return output
 
 
@@ -102,7 +101,7 @@ def test_a_run_that_was_finished_does_nothing_again(finished: Path, monkeypatch:
     stamps = {path: path.stat().st_mtime_ns for path in before}
     for name in ("train", "complete", "own_solutions", "corpus_loss"):
         monkeypatch.setattr(work, name, lambda *_, **__: pytest.fail("it is done already"))
-    run.main(command(finished, *ALL))
+    run.main(command(finished, *TWO_TABLES))
     assert jobs(finished) == before
     assert {path: path.stat().st_mtime_ns for path in before} == stamps
 
@@ -398,3 +397,4 @@ def test_committed_results_are_those_of_the_whole_run() -> None:
             assert len(results.values(row.training, row.use.name)) >= number, (name, row.title)
             if row.training.is_trained:
                 assert tuple(results.tuning(row.training)) == row.training.rates
+                assert results.rate(row.training) == run.best_rate(results.tuning(row.training))

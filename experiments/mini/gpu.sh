@@ -21,6 +21,7 @@ if [[ ! -f experiments/mini/models/qwen3.5-100m/config.json ]]; then
         || { tail -c 5000 "$work/pretraining.err"; exit 1; }
     if ! awk '/^pass@16:/ { able = ($2 + 0 >= 60) } END { exit !able }' "$output/pretraining.txt"; then
         echo "The base model solves too few problems to tune it: train it for longer, or at another rate." >&2
+        rm -r experiments/mini/models/qwen3.5-100m
         exit 1
     fi
 fi
