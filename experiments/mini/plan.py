@@ -200,7 +200,7 @@ _MAIN = (
     "base", "prompt", "prompt-state", "s0", "s0-paper", "offset", "both",
     "lora-r4", "lora-r12", "lora-r24", "lora-r48", "lora-mixers", "s0+lora",
 )  # fmt: skip
-# LoRA's targets of the paper on FalconH1 are projections of its mixers already.
+# The paper's targets of LoRA on FalconH1 have a projection of its mixers among them already.
 _MAIN_FALCON = ("base", "prompt", "prompt-state", "s0", "s0-paper", "offset", "lora-r12", "lora-r24", "s0+lora")
 _MAIN_LARGE = tuple(method for method in _MAIN if method != "lora-r48")
 _CONTROL = ("base", "s0", "offset", "lora-r12")
