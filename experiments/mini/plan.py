@@ -265,7 +265,7 @@ TABLES = {
         ("rate", "pass@1", "corpus"),
     ),
     "layers": Table(
-        "Which layer, tiny Qwen3.5", _layers(QWEN), 0, ("parameters", "rate", "memory", "pass@1", "p", "corpus"), 5
+        "Which layer, tiny Qwen3.5", _layers(QWEN), 0, ("rate", "memory", "pass@1", "p", "corpus"), seeds=5
     ),
     "rank": Table(
         "Rank of each head's state, tiny Qwen3.5",
