@@ -6,17 +6,17 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib as mpl
-from scipy import stats
 
 import records
 from methods import Training
 from paper import BASE, TABLES, Published, Setting, Table
 from steps import Bench, result_path
+from welch import welch
 
 Planned = tuple[Setting, str, str, Training, float | None]
 """A setting as it is run: with model, task, training and alpha in use."""
@@ -37,14 +37,6 @@ class Figures:
         """The standard deviation over seeds; None for fewer than two."""
         found = self.values.get(quantity, [])
         return statistics.stdev(found) if len(found) > 1 else None
-
-
-def welch(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """The p-value of Welch's t-test, None where it says nothing: for fewer than two values, or none that vary."""
-    if min(len(first), len(second)) < 2 or (len({*first}) == 1 and len({*second}) == 1):
-        return None
-    moments = [(statistics.mean(values), statistics.stdev(values), len(values)) for values in (first, second)]
-    return float(stats.ttest_ind_from_stats(*moments[0], *moments[1], equal_var=False).pvalue)
 
 
 def figures_of(planned: Planned, bench_of: Callable[[str, str], Bench]) -> Figures:

@@ -22,12 +22,12 @@ def collect(candidates: Iterator[T], number: int, description: str) -> list[T]:
 
 
 def attempts(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stream: Iterator[Problem]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stream: Iterator[Problem], only_failed: bool = True
 ) -> Iterator[tuple[Problem, list[str], list[str]]]:
-    """The problems that the model's greedy answer gets wrong, with the right and the wrong ones of eight samples."""
+    """Problems with the right and the wrong ones of eight samples; `only_failed`: that the greedy answer gets wrong."""
     while True:
         batch = list(islice(stream, _PROBLEMS_AT_ONCE))
-        _, solved = solve(model, tokenizer, batch)
+        solved = solve(model, tokenizer, batch)[1] if only_failed else [False] * len(batch)
         unsolved = [problem for problem, right in zip(batch, solved, strict=True) if not right]
         tries = [problem for problem in unsolved for _ in range(_TRIES)]
         bodies, verdicts = solve(model, tokenizer, tries, temperature=1.0)
@@ -44,9 +44,10 @@ def own_solutions(
     tokenizer: PreTrainedTokenizerBase,
     stream: Iterator[Problem],
     wanted: Callable[[str], bool] = lambda program: True,
+    only_failed: bool = True,
 ) -> Iterator[tuple[Problem, str]]:
     """The problems of `attempts` with a program that is right when run and `wanted`: the first such."""
-    for problem, right, _ in attempts(model, tokenizer, stream):
+    for problem, right, _ in attempts(model, tokenizer, stream, only_failed):
         for body in right:
             if wanted(problem.prompt + body):
                 yield problem, body

@@ -18,10 +18,13 @@ import random
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 INPUTS = tuple(range(-4, 5))
 """The arguments a solution is run on."""
@@ -120,7 +123,8 @@ def problems(split: str, seed: int = 0, lengths: range = range(3, 5)) -> Iterato
 # The authors. Each turns a problem into the body of the function, everything that follows the docstring.
 
 
-def _stepwise(problem: Problem) -> str:
+def stepwise(problem: Problem) -> str:
+    """The body that takes one step a line, which is always right."""
     assignments = "".join(f"{_INDENT}x {step.symbol}= {step.operand}" for step in problem.steps)
     return f"{assignments}{_INDENT}return x"
 
@@ -146,7 +150,7 @@ def _hasty(problem: Problem) -> str:
 
 
 def _forgetful(problem: Problem) -> str:
-    return _stepwise(problem).removesuffix(f"{_INDENT}return x")
+    return stepwise(problem).removesuffix(f"{_INDENT}return x")
 
 
 def _printer(problem: Problem) -> str:
@@ -162,7 +166,7 @@ def _talker(problem: Problem) -> str:
 
 
 _AUTHORS: dict[Callable[[Problem], str], int] = {
-    _stepwise: 26,
+    stepwise: 26,
     _one_line: 8,
     _sloppy: 32,
     _hasty: 6,
@@ -174,10 +178,14 @@ _AUTHORS: dict[Callable[[Problem], str], int] = {
 """Each author's share of the corpus in per cent."""
 
 
-def corpus(seed: int = 0, functions_per_batch: int = 64) -> Iterator[list[str]]:
+MOST_FUNCTIONS = 4
+"""In one document of the corpus."""
+
+
+def corpus(seed: int = 0, most_functions: int = MOST_FUNCTIONS, functions_per_batch: int = 64) -> Iterator[list[str]]:
     """Endless stream of batches of documents.
 
-    Each document holds one to four functions by one hidden author; all documents of a batch hold equally many, so
+    Each document holds one or several functions by one hidden author; all documents of a batch hold equally many, so
     that little padding is needed.
     """
     rng = random.Random(f"documents {seed}")
@@ -193,7 +201,7 @@ def corpus(seed: int = 0, functions_per_batch: int = 64) -> Iterator[list[str]]:
         return text
 
     while True:
-        functions = rng.randint(1, 4)
+        functions = rng.randint(1, most_functions)
         yield [document(functions) for _ in range(functions_per_batch // functions)]
 
 
@@ -207,8 +215,10 @@ def is_one_line(program: str) -> bool:
     return isinstance(statement, ast.Return)
 
 
-def as_dataset(solutions: list[tuple[Problem, str]]) -> Dataset:
+def as_dataset(solutions: list[tuple[Problem, str]]) -> "Dataset":
     """Solutions in TRL's prompt-completion format, in which only completions enter the loss."""
+    from datasets import Dataset  # what only solves problems needs none
+
     return Dataset.from_list([{"prompt": problem.prompt, "completion": body} for problem, body in solutions])
 
 
