@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .layer import S0Layer
@@ -17,11 +17,13 @@ class Routing:
     Attributes:
         rows: the adapters of the rows while a call with `adapter_names` runs; None: all rows have the active adapters.
         layers: these layers, in the order of the model, so that switching need not search it.
+        idle_on: while a step runs in which no mixer that is called with this cache has anything to do, that cache.
     """
 
     def __init__(self) -> None:
         self.rows: RowAdapters | None = None
         self.layers: list[S0Layer] = []
+        self.idle_on: Any = None
 
 
 class RowAdapters:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, MAIN, Architecture
+from architectures import ARCHITECTURES, MAIN, Architecture, mixers
 from peft import inject_adapter_in_model
 from peft.tuners.tuners_utils import set_adapter
 from torch import Tensor, nn
@@ -20,10 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tuned import Tuned, tune
 
 from peft_s0 import S0Config, S0Layer
+from peft_s0.injection import Tuned as Watched
 
 # Python functions that may run for each recurrent layer and once a step, beside the base model's own. A layer has the
 # two hooks on its mixer, with what torch's modules do to call hooks.
-A_LAYER, ONCE = 34, 25
+A_LAYER, ONCE = 25, 40
 # Operations for each layer where S0 has to look at values: at positions or the state itself, to know whether a call
 # continues a sequence, and at the mask where a model also shows it to its mixers in decoding.
 LOOKS = {"recurrent_gemma": 3, "xlstm": 2, "glm5_next": 17}
@@ -101,6 +102,35 @@ def test_the_python_calls_of_a_step(tuned: Tuned) -> None:
     # Where the mask is looked at, the call is prepared as at the start of a sequence, with taps.
     a_layer = 5 * A_LAYER if tuned.architecture.name == "glm5_next" else A_LAYER
     assert 0 < with_s0 - base <= tuned.architecture.states * a_layer + ONCE
+
+
+@pytest.mark.parametrize("architecture", MAIN, ids=lambda architecture: architecture.name)
+@torch.no_grad()
+def test_a_layer_whose_past_is_gone_starts_again(tuned: Tuned, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step is known beforehand to have nothing to do only where it has nothing to do in any layer."""
+    ids, make = tuned.ids(2, 8), partial(tuned.architecture.make_cache, tuned.model.config, 2)
+    layer, note = mixers(tuned.model)[-1].layer_idx, Watched.note_idle
+    noted: list[bool] = []
+
+    def noting(self: Watched, arguments: dict[str, Any]) -> None:
+        note(self, arguments)
+        noted.append(self.routing.idle_on is not None)
+
+    def steps() -> tuple[Tensor, Tensor]:
+        cache = make()
+        call = partial(tuned.model, **{tuned.architecture.cache: cache}, use_cache=True)
+        call(ids)
+        whole = call(ids[:, :1]).logits
+        cache.layers[layer] = make().layers[layer]
+        return whole, call(ids[:, 1:2]).logits
+
+    monkeypatch.setattr(Watched, "note_idle", noting)
+    whole, missing = steps()
+    assert noted == [True, False]
+    monkeypatch.setattr(Watched, "note_idle", lambda self, arguments: None)
+    asked_each, asked_each_missing = steps()
+    assert torch.equal(whole, asked_each)
+    assert torch.equal(missing, asked_each_missing)
 
 
 def test_the_python_calls_of_a_switch(tuned: Tuned) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -407,6 +408,24 @@ def test_a_mixer_that_raises_leaves_nothing_frozen(tuned: Tuned, error: type[Bas
     assert torch.equal(tuned.model(ids).logits, expected)
     with tuned.model.disable_adapter():
         assert torch.equal(tuned.model(ids).logits, tuned.base(ids).logits)
+
+
+@torch.no_grad()
+def test_an_interrupted_step_is_forgotten(tuned: Tuned) -> None:
+    ids, cache = tuned.ids(2, 9), tuned.architecture.make_cache(tuned.model.config, 2)
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    call = partial(tuned.model, **{tuned.architecture.cache: cache}, use_cache=True)
+    expected = call(ids).logits
+    call(ids[:, :1])
+    handle = _mixers(tuned)[0].out_proj.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        call(ids[:, :1])
+    handle.remove()
+    cache.reset()
+    assert torch.equal(call(ids).logits, expected)
 
 
 def test_unload_after_an_interrupt(tuned: Tuned) -> None:

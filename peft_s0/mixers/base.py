@@ -225,6 +225,11 @@ class Mixer:
         # Not has_previous_state, which never becomes true of layers that keep several states.
         return cache is not None and cache.get_conv_state(mixer.layer_idx, state_idx=0) is not None
 
+    @property
+    def steps_by_cache(self) -> bool:
+        """Whether the cache alone tells a call of a single token that goes on, in which only offsets are read."""
+        return type(self).has_past is Mixer.has_past and not self.resumes(1, None, None)
+
     def refusal(self, mixer: MixerModule) -> str | None:
         """Why a mixer of this class cannot start from a state after all, as it is configured; None if it can."""
         return None
