@@ -19,12 +19,12 @@ LLAMA_CPP := $(LLAMA)/src/vendor/llama.cpp
 MLX := .venv-mlx
 RUN_MLX := $(MLX)/bin/python
 
-.PHONY: quickstart test lint kernels site deepspeed llama mlx
+.PHONY: quickstart test lint ratios kernels site deepspeed llama mlx
 
 quickstart: $(VENV)/examples
 	$(RUN) examples/quickstart.py
 
-test: $(VENV)/dev $(DEEPSPEED)/installed lint site kernels
+test: $(VENV)/dev $(DEEPSPEED)/installed lint ratios site kernels
 	$(RUN) -m pytest -n 2
 
 kernels: $(KERNELS)/kernels
@@ -46,6 +46,9 @@ lint: $(VENV)/dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+ratios: $(VENV)/dev
+	$(RUN) benchmarks/ratios.py
 
 # A stamp for each set of packages, renewed when what they are made from changes.
 $(VENV)/examples $(VENV)/dev: pyproject.toml constraints.txt

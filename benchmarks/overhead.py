@@ -30,7 +30,7 @@ VOCABULARY = 512
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MIXERS = ["in_proj_qkv", "in_proj_z", "out_proj"]
 STEPS = 8
-LORA = "LoRA r24, attention"
+LORA, LORA_EVERYWHERE = "LoRA r24, attention", "LoRA r24, attention and mixers"
 
 Measurement = Callable[[nn.Module], float]
 
@@ -65,7 +65,7 @@ METHODS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "S0": lambda model: get_peft_model(model, S0Config(init_weights=0.1)),
     "S0, offset": lambda model: get_peft_model(model, S0Config(init_weights=0.1, variant="offset")),
     LORA: partial(lora, ATTENTION),
-    "LoRA r24, attention and mixers": partial(lora, ATTENTION + MIXERS),
+    LORA_EVERYWHERE: partial(lora, ATTENTION + MIXERS),
     "LoRA r24, merged": lambda model: lora(ATTENTION, model).merge_and_unload(),
 }
 
