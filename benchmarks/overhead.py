@@ -4,7 +4,8 @@
 
 One random hybrid model of 8 layers for each method, all with the same weights. They run in turns: prefill (short, long,
 a padded batch), decoding steps with 1, 8 and 32 rows, and training steps (padded and packed rows) with the bytes that a
-step keeps for its backward pass. With `--compile` the decoding steps are also measured under `torch.compile`.
+step keeps for its backward pass; of S0 also with the rows one at a time. With `--compile` the decoding steps are also
+measured under `torch.compile`.
 """
 
 from __future__ import annotations
@@ -105,10 +106,17 @@ _COMPILED: dict[int, Callable[..., object]] = {}
 
 def train(inputs: dict[str, Tensor], model: nn.Module) -> float:
     """Milliseconds of a forward and a backward pass and an optimiser's step."""
+    return train_on([inputs], model)
+
+
+def train_on(parts: list[dict[str, Tensor]], model: nn.Module) -> float:
+    """Milliseconds of an optimiser's step on a batch that comes in parts."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=0.0)
-    with clock(inputs["input_ids"].device) as elapsed:
-        model.train()(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
+    with clock(parts[0]["input_ids"].device) as elapsed:
+        model.train()
+        for inputs in parts:
+            model(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
         optimizer.step()
     model.eval().zero_grad()
     return elapsed()
@@ -140,6 +148,31 @@ def batches(device: str) -> dict[str, dict[str, Tensor]]:
         "padded": {"input_ids": ids, "attention_mask": mask},
         "packed": {"input_ids": ids[mask.bool()].unsqueeze(0), "position_ids": positions.unsqueeze(0).to(device)},
     }
+
+
+def one_at_a_time(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The rows of a padded batch, without their pads."""
+    lengths = batch["attention_mask"].sum(dim=1)
+    return [{"input_ids": row[:length].unsqueeze(0)} for row, length in zip(batch["input_ids"], lengths, strict=True)]
+
+
+def compare_layouts(model: nn.Module, device: str, rounds: int) -> list[dict[str, object]]:
+    """S0's training step on the same documents: as batches, and one by one, as the paper's authors train."""
+    layouts = {layout: [batch] for layout, batch in batches(device).items()}
+    layouts["one at a time"] = one_at_a_time(layouts["padded"][0])
+    times = interleave({layout: partial(train_on, parts, model) for layout, parts in layouts.items()}, rounds)
+    rows = []
+    for layout in layouts:
+        median, low, high = ratio(times[layout], times["padded"])
+        rows.append(
+            {
+                "8 x 64 to 128": layout,
+                "ms": round(statistics.median(times[layout]), 2),
+                "ratio to padded": round(median, 3),
+                "quartiles": f"{low:.3f} to {high:.3f}",
+            }
+        )
+    return rows
 
 
 def measurements(device: str, compiled: bool) -> dict[str, Measurement]:
@@ -197,7 +230,9 @@ def main() -> None:
         rows = compare(f"train, 8 x 64 to 128, {layout}", partial(train, batch), trained, LORA, options.rounds)
         kept = {method: activations(batch, model) for method, model in trained.items()}
         training += [{**row, "kept, ratio": round(kept[row["method"]] / kept[LORA], 3)} for row in rows]
-    report({"inference": inference, "training": training}, environment(options.device), options.json)
+    layouts = compare_layouts(models["S0"], options.device, options.rounds)
+    tables = {"inference": inference, "training": training, "layouts": layouts}
+    report(tables, environment(options.device), options.json)
 
 
 if __name__ == "__main__":

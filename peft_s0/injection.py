@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -251,17 +250,6 @@ def _check_couriers(backbone: nn.Module, packing: dict[str, Any], mask: Tensor |
             f"tunes, here {layers} of {len(mixers)}; the others would take them for tokens, also without S0. Tune all "
             "of them, or pass rows of the same length."
         )
-    for block in backbone.modules():
-        # Up to transformers 5.22 a layer that is run again runs its hooks again, when nothing is said any more.
-        if (
-            _COURIER in vars(block)
-            and getattr(block, "gradient_checkpointing", False)
-            and not hasattr(type(block).forward, "__wrapped__")
-        ):
-            raise ValueError(
-                f"Packed or padded rows of {name} under gradient checkpointing need transformers >= 5.23, found "
-                f"{transformers.__version__}. Upgrade it, or switch gradient checkpointing off."
-            )
 
 
 def _before_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -476,7 +476,7 @@ class S0Layer(nn.Module, BaseTunerLayer):
             documents: for packed rows, the row of each document.
 
         Returns:
-            Float32 [rows or documents, heads, ...], contiguous.
+            Float32 [rows or documents, heads, ...]; where all start alike, one state that is repeated without a copy.
 
         Raises:
             ValueError: if the `adapter_names` that were passed are not one for each row.
@@ -491,7 +491,7 @@ class S0Layer(nn.Module, BaseTunerLayer):
             for name in active[1:]:
                 state = state + self.effective_state(name)
             count = batch if documents is None else len(documents)
-            return state.to(device).expand(count, *state.shape).contiguous()
+            return state.to(device).expand(count, *state.shape)
         names = rows.of(batch, documents)
         scaled = {name: self._scaled(name) for name in rows.different if name in self.s0_state}
         zero = torch.zeros((), dtype=torch.float32, device=device).expand(self.state_shape)

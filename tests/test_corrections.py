@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 
 import pytest
@@ -247,20 +246,6 @@ def test_what_a_failed_call_announced_is_forgotten(architecture: Architecture) -
     with torch.no_grad():
         for call in (tuned.model, tuned.model.get_base_model()):
             tuned.assert_equal(call(ids).logits, tuned.expected(ids), tuned.effect(ids))
-
-
-@told
-def test_packed_rows_where_hooks_run_again_under_checkpointing(
-    architecture: Architecture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As up to transformers 5.22, whose layers are not wrapped."""
-    tuned = tune(architecture)
-    tuned.model.train().gradient_checkpointing_enable()
-    for module in tuned.model.modules():
-        if "s0_courier" in vars(module):
-            monkeypatch.setattr(type(module), "forward", inspect.unwrap(type(module).forward))
-    with pytest.raises(ValueError, match=r"need transformers >= 5.23, found 5\..*Upgrade it, or switch"):
-        tuned.model(tuned.ids(1, 14), use_cache=False, **packed_arguments([6, 8]))
 
 
 def _lfm2() -> nn.Module:

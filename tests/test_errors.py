@@ -356,9 +356,9 @@ def test_offloading_that_states_have_no_use_for(tuned: Tuned, folder: Path) -> N
 
 
 def test_old_transformers() -> None:
-    with pytest.raises(ImportError, match=r"needs transformers >= 5.21.0, found 5.20.3.*pip install"):
-        require_transformers("5.20.3")
-    require_transformers("5.21.0")
+    with pytest.raises(ImportError, match=r"needs transformers >= 5.23.0, found 5.22.3.*pip install"):
+        require_transformers("5.22.3")
+    require_transformers("5.23.0")
     require_transformers("6.0.0.dev0")
 
 
@@ -366,7 +366,7 @@ def test_old_transformers_at_import() -> None:
     script = "import transformers; transformers.__version__ = '4.57.1'; import peft_s0"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert run.returncode != 0
-    assert "ImportError: peft_s0 needs transformers >= 5.21.0, found 4.57.1" in run.stderr
+    assert "ImportError: peft_s0 needs transformers >= 5.23.0, found 4.57.1" in run.stderr
 
 
 def test_unhashed_row_names(tuned: Tuned) -> None:

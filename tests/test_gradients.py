@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, Architecture
+from architectures import ARCHITECTURES, Architecture, mixers
 from reference import with_slow_mixers
 from test_law import left_pad, packed_arguments
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tuned import Tuned, offsets_of, states_of, tune
+
+from peft_s0.mixers import find_mixer
 
 
 @pytest.fixture(params=ARCHITECTURES, ids=lambda architecture: architecture.name)
@@ -170,3 +172,33 @@ def test_every_form_of_state_has_a_finite_gradient(architecture: Architecture, c
     tuned.model.train()
     found = gradients(tuned, loss_of(tuned.model, tuned.ids(2, 9)))
     assert all(bool(torch.isfinite(grad).all()) for grad in found.values())
+
+
+def test_backpropagation_goes_no_further_than_the_states(tuned: Tuned) -> None:
+    """No weight has a gradient, and nothing below the first tuned mixer a graph."""
+    needs: list[bool] = []
+
+    def note(mixer: nn.Module, args: tuple, kwargs: dict) -> None:
+        argument = find_mixer(type(mixer)).input_argument
+        needs.append((kwargs[argument] if argument in kwargs else args[0]).requires_grad)
+
+    for mixer in mixers(tuned.model):
+        mixer.register_forward_pre_hook(note, with_kwargs=True)
+    loss = loss_of(tuned.model, tuned.ids(2, 7))
+    assert needs == [False, *[True] * (len(needs) - 1)]
+    states = {parameter for name, parameter in tuned.model.named_parameters() if "s0_state" in name}
+    assert leaves(loss) == states
+
+
+def leaves(result: Tensor) -> set[Tensor]:
+    """The tensors that a result's backward pass leaves gradients in."""
+    found, seen, todo = set(), set(), [result.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(node.variable)
+        todo += [following for following, _ in node.next_functions]
+    return found
