@@ -476,7 +476,8 @@ class S0Layer(nn.Module, BaseTunerLayer):
             documents: for packed rows, the row of each document.
 
         Returns:
-            Float32 [rows or documents, heads, ...]; where all start alike, one state that is repeated without a copy.
+            Float32 [rows or documents, heads, ...], contiguous: some kernels make a copy of what is not, and then take
+            it for a tensor that needs no gradient.
 
         Raises:
             ValueError: if the `adapter_names` that were passed are not one for each row.
@@ -491,7 +492,7 @@ class S0Layer(nn.Module, BaseTunerLayer):
             for name in active[1:]:
                 state = state + self.effective_state(name)
             count = batch if documents is None else len(documents)
-            return state.to(device).expand(count, *state.shape)
+            return state.to(device).expand(count, *state.shape).contiguous()
         names = rows.of(batch, documents)
         scaled = {name: self._scaled(name) for name in rows.different if name in self.s0_state}
         zero = torch.zeros((), dtype=torch.float32, device=device).expand(self.state_shape)
