@@ -269,6 +269,8 @@ def _before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     idle_on = layer.routing.idle_on
     if (
         idle_on is not None
+        # Layers that are compiled one by one would be compiled for each cache again.
+        and not torch.compiler.is_compiling()
         and kwargs.get(layer.declaration.cache_argument) is idle_on
         and kwargs.get("attention_mask") is None
     ):
