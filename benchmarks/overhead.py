@@ -1,6 +1,6 @@
 """What an adapter costs, step by step: the time of S0 and of LoRA to that of the base model.
 
-    python benchmarks/overhead.py [--rounds N] [--device cpu|cuda] [--compile] [--json FILE]
+    python benchmarks/overhead.py [--rounds N] [--only WORD] [--device cpu|cuda] [--compile] [--json FILE]
 
 One random hybrid model of 8 layers for each method, all with the same weights. They run in turns: prefill (short, long,
 a padded batch), decoding steps with 1, 8 and 32 rows, and training steps (padded and packed rows) with the bytes that a
@@ -215,6 +215,9 @@ def main() -> None:
     command = parser("What an adapter costs.", rounds=30)
     command.add_argument("--device", default="cpu", help="where the models run")
     command.add_argument("--compile", action="store_true", help="measure compiled decoding steps, too")
+    command.add_argument(
+        "--only", default="", metavar="WORD", help="of what is measured, what begins so: decode, prefill, train"
+    )
     options = command.parse_args()
     torch.set_num_threads(1)
     logging.set_verbosity_error()
@@ -222,17 +225,19 @@ def main() -> None:
     inference = [
         row
         for name, measure in measurements(options.device, options.compile).items()
+        if name.startswith(options.only)
         for row in compare(name, measure, models, "base", options.rounds)
     ]
     trained = {method: model for method, model in models.items() if method not in ("base", "LoRA r24, merged")}
     training = []
-    for layout, batch in batches(options.device).items():
+    for layout, batch in batches(options.device).items() if "train".startswith(options.only) else ():
         rows = compare(f"train, 8 x 64 to 128, {layout}", partial(train, batch), trained, LORA, options.rounds)
         kept = {method: activations(batch, model) for method, model in trained.items()}
         training += [{**row, "kept, ratio": round(kept[row["method"]] / kept[LORA], 3)} for row in rows]
-    layouts = compare_layouts(models["S0"], options.device, options.rounds)
-    tables = {"inference": inference, "training": training, "layouts": layouts}
-    report(tables, environment(options.device), options.json)
+    tables = {"inference": inference, "training": training}
+    if training:
+        tables["layouts"] = compare_layouts(models["S0"], options.device, options.rounds)
+    report({name: rows for name, rows in tables.items() if rows}, environment(options.device), options.json)
 
 
 if __name__ == "__main__":
