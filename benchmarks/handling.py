@@ -2,9 +2,9 @@
 
     python benchmarks/handling.py [--rounds 200] [--imports 15] [--json FILE]
 
-Imports run in processes of their own, in turns: `peft` alone, and `peft` with `peft_s0`, both as scripts use them, with
-transformers. Switches are `set_adapter` on models of 32 layers, 24 of them recurrent, with 2, 8 and 32 adapters: S0 in
-the recurrent layers, LoRA in the projections of the 8 layers of attention, LoRA in those of all 32.
+Imports run in processes of their own, in turns: `peft` after torch and transformers, and `peft_s0` after all of them.
+Switches are `set_adapter` on models of 32 layers, 24 of them recurrent, with 2, 8 and 32 adapters: S0 in the recurrent
+layers, LoRA in the projections of the 8 layers of attention, LoRA in those of all 32.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
-from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parent))
-from overhead import ATTENTION, MIXERS
+from overhead import ATTENTION, MIXERS, base
 from timing import environment, interleave, parser, report
 
 from peft_s0 import S0Config
@@ -36,6 +35,19 @@ CONFIGS: dict[str, Callable[[], PeftConfig]] = {
     "S0": S0Config,
     "LoRA, attention": partial(LoraConfig, r=24, target_modules=ATTENTION),
     "LoRA, attention and mixers": partial(LoraConfig, r=24, target_modules=ATTENTION + MIXERS),
+}
+# Of which only the number of layers counts.
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
 }
 SCRIPT = """
 import time
@@ -51,25 +63,6 @@ def imported(first: str, second: str) -> float:
     """Milliseconds that importing one thing takes after another, in a new process."""
     script = SCRIPT.format(first=first, second=second)
     return 1e3 * float(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True).stdout)
-
-
-def build() -> nn.Module:
-    """Of which only the number of layers counts."""
-    config = Qwen3_5TextConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=32,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        linear_num_key_heads=2,
-        linear_num_value_heads=2,
-        linear_key_head_dim=16,
-        linear_value_head_dim=16,
-        pad_token_id=0,
-    )
-    return Qwen3_5ForCausalLM(config).eval()
 
 
 def switch(model: nn.Module, names: Any) -> float:
@@ -99,7 +92,9 @@ def imports(rounds: int) -> list[dict[str, Any]]:
 
 def switches(rounds: int) -> list[dict[str, Any]]:
     """The table of switches."""
-    models = {method: get_peft_model(build(), config(), "task-0").eval() for method, config in CONFIGS.items()}
+    models = {
+        method: get_peft_model(base("cpu", **TINY), config(), "task-0").eval() for method, config in CONFIGS.items()
+    }
     rows = []
     for number in ADAPTERS:
         for method, model in models.items():

@@ -36,23 +36,24 @@ LORA, LORA_EVERYWHERE = "LoRA r24, attention", "LoRA r24, attention and mixers"
 Measurement = Callable[[nn.Module], float]
 
 
-def base(device: str) -> nn.Module:
-    """A random hybrid model: 6 recurrent layers with states of [16, 64, 64], 2 layers of attention."""
+SIZES = {
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "linear_num_key_heads": 8,
+    "linear_num_value_heads": 16,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+}
+
+
+def base(device: str, **sizes: int) -> nn.Module:
+    """A random hybrid model: 6 recurrent layers with states of [16, 64, 64], 2 of attention, or of other sizes."""
     torch.manual_seed(0)
-    config = Qwen3_5TextConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=512,
-        intermediate_size=1024,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=64,
-        linear_num_key_heads=8,
-        linear_num_value_heads=16,
-        linear_key_head_dim=64,
-        linear_value_head_dim=64,
-        pad_token_id=0,
-    )
+    config = Qwen3_5TextConfig(vocab_size=VOCABULARY, pad_token_id=0, **{**SIZES, **sizes})
     return Qwen3_5ForCausalLM(config).to(device).eval()
 
 

@@ -19,15 +19,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parent))
-from overhead import LORA, LORA_EVERYWHERE, METHODS, VOCABULARY, activations, prefill, tokens, train
+from overhead import LORA, LORA_EVERYWHERE, METHODS, activations, base, prefill, tokens, train
 from timing import environment, interleave, parser, ratio, report
 
 LAYERS = 8
+# States of [4, 32, 32] in three of four layers.
+SMALL = {
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_attention_heads": 4,
+    "head_dim": 32,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+}
 SERIES = {
     "tokens": [{"tokens": tokens} for tokens in (128, 256, 512, 1024, 2048, 4096, 8192)],
     "rows": [{"rows": rows} for rows in (1, 2, 4, 8, 16, 32)],
@@ -36,29 +45,10 @@ SERIES = {
 COMPARED = ("base", "S0", LORA, LORA_EVERYWHERE)
 
 
-def build(layers: int, device: str) -> nn.Module:
-    """A random hybrid model, with states of [4, 32, 32] in three of four layers."""
-    torch.manual_seed(0)
-    config = Qwen3_5TextConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        linear_num_key_heads=4,
-        linear_num_value_heads=4,
-        linear_key_head_dim=32,
-        linear_value_head_dim=32,
-        pad_token_id=0,
-    )
-    return Qwen3_5ForCausalLM(config).to(device).eval()
-
-
 def measure(size: dict[str, int], device: str, rounds: int) -> Iterator[dict[str, Any]]:
     """The rows of the table for one size of the work."""
-    models = {method: METHODS[method](build(size.get("layers", LAYERS), device)).eval() for method in COMPARED}
+    sizes = {**SMALL, "num_hidden_layers": size.get("layers", LAYERS)}
+    models = {method: METHODS[method](base(device, **sizes)).eval() for method in COMPARED}
     ids = tokens(device, size.get("rows", 1), size.get("tokens", 128))
     timed = {
         "prefill": (partial(prefill, ids, None), COMPARED, "base"),

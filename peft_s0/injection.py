@@ -27,8 +27,8 @@ from .rows import Routing
 
 CHILD = "s0"
 # Marks on a model, its backbones, and the layers around its mixers.
-_WATCH, _LEAVE, _SAYS, _HEARS = "s0_watch", "s0_leave", "s0_says", "s0_hears"
-_TUNED, _COURIER = "s0_tuned", "s0_courier"
+_HANDLES, _SAYS, _HEARS = "s0_handles", "s0_says", "s0_hears"
+_WATCHED, _COURIER = "s0_watched", "s0_courier"
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Announcement:
 
 
 @dataclass
-class Tuned:
+class Watched:
     """The tuned mixers of a backbone, their tuner layers, and their declarations, each once."""
 
     mixers: list[nn.Module] = field(default_factory=list)
@@ -130,18 +130,16 @@ def watch(model: nn.Module) -> None:
     """
     modules = dict(model.named_modules())
     for module in modules.values():
-        if _TUNED in vars(module):
-            delattr(module, _TUNED)
+        if _WATCHED in vars(module):
+            delattr(module, _WATCHED)
     for name, mixer in modules.items():
         if not has_layer(mixer):
             continue
         declaration, backbone = layer_of(mixer).declaration, _backbone(modules, name)
         if backbone is None:
             continue
-        _hook(backbone, _before_backbone)
-        if _LEAVE not in vars(backbone):
-            setattr(backbone, _LEAVE, backbone.register_forward_hook(_after_backbone, always_call=True))
-        vars(backbone).setdefault(_TUNED, Tuned()).add(mixer)
+        _hook(backbone, _before_backbone, _after_backbone)
+        vars(backbone).setdefault(_WATCHED, Watched()).add(mixer)
         if backbone is not model:
             _hook(model, _before_model)
             setattr(backbone, _HEARS, getattr(model, _SAYS))
@@ -158,17 +156,19 @@ def unwatch(model: nn.Module) -> None:
         watch(model)
     else:
         for module in model.modules():
-            if _WATCH in vars(module):
-                vars(module).pop(_WATCH).remove()
-                if _LEAVE in vars(module):
-                    vars(module).pop(_LEAVE).remove()
-                for mark in (_SAYS, _HEARS, _TUNED, _COURIER):
+            if _HANDLES in vars(module):
+                for handle in vars(module).pop(_HANDLES):
+                    handle.remove()
+                for mark in (_SAYS, _HEARS, _WATCHED, _COURIER):
                     vars(module).pop(mark, None)
 
 
-def _hook(module: nn.Module, hook: Callable[..., Any]) -> None:
-    if _WATCH not in vars(module):
-        setattr(module, _WATCH, module.register_forward_pre_hook(hook, with_kwargs=True))
+def _hook(module: nn.Module, before: Callable[..., Any], after: Callable[..., Any] | None = None) -> None:
+    if _HANDLES not in vars(module):
+        handles = [module.register_forward_pre_hook(before, with_kwargs=True)]
+        if after is not None:
+            handles.append(module.register_forward_hook(after, always_call=True))
+        setattr(module, _HANDLES, handles)
         setattr(module, _SAYS, Announcement())
 
 
@@ -196,23 +196,23 @@ def _before_backbone(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     says.told = {}
     tokens = next((arguments[name].shape[1] for name in ("input_ids", "inputs_embeds") if name in arguments), 0)
     packing = {name: arguments[name] for name in PACKING_ARGUMENTS if name in arguments}
-    mask, tuned = arguments.get("attention_mask"), cast(Tuned, getattr(backbone, _TUNED))
+    mask, watched = arguments.get("attention_mask"), cast(Watched, getattr(backbone, _WATCHED))
     # It is there still if the last step was interrupted from the keyboard.
-    tuned.forget_idle()
+    watched.forget_idle()
     positions = arguments.get("position_ids") if mask is None and not packing else None
     compiling = torch.compiler.is_compiling()
     if not compiling:
         packing = packing or find_boundaries(positions)
-    couriers = [declaration.courier for declaration in tuned.declarations if declaration.courier is not None]
+    couriers = [declaration.courier for declaration in watched.declarations if declaration.courier is not None]
     told = dict(packing) if couriers else {}
     if any(courier.mask for courier in couriers) and tokens > 1 and padding.pads_of(mask, tokens) is not None:
         told["attention_mask"] = mask
-    checking = [declaration for declaration in tuned.declarations if declaration.checks]
+    checking = [declaration for declaration in watched.declarations if declaration.checks]
     if not packing and not told and not checking and (positions is None or not compiling):
         if tokens == 1 and not compiling:
-            tuned.note_idle(arguments)
+            watched.note_idle(arguments)
         return None
-    layers = [layer for layer in tuned.layers if layer.participates]
+    layers = [layer for layer in watched.layers if layer.participates]
     if not layers:
         return None
     for declaration in checking:
@@ -227,7 +227,7 @@ def _before_backbone(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[st
 
 
 def _after_backbone(backbone: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    cast(Tuned, getattr(backbone, _TUNED)).forget_idle()
+    cast(Watched, getattr(backbone, _WATCHED)).forget_idle()
 
 
 def _check_couriers(backbone: nn.Module, packing: dict[str, Any], mask: Tensor | None, layers: int) -> None:
@@ -307,6 +307,7 @@ def _continue(mixer: nn.Module, layer: S0Layer, kwargs: dict[str, Any]) -> dict[
     cache: Any = kwargs.get(declaration.cache_argument)
     hidden_states, mask = kwargs[declaration.input_argument], kwargs.get("attention_mask")
     tokens = hidden_states.shape[1]
+    # Asked at every token where the cache alone does not tell, so no call too many.
     pads = None if mask is None else padding.pads_of(mask, tokens)
     resumes = declaration.resumes(tokens, pads, cache) and layer.starts
     if not resumes and not layer.reads:
@@ -450,8 +451,6 @@ def _clean(mixer: nn.Module, layer: S0Layer) -> None:
 def _leave(mixer: nn.Module, layer: S0Layer, call: Call) -> None:
     layer.call = None
     layer.declaration.leave(mixer, call)
-    if call.offsets:
-        taps.clear(mixer, layer.parts)
 
 
 def _run_base_rows(
@@ -484,8 +483,7 @@ def _run_base_rows(
         # Not as a module: hooks of others see one call.
         base = mixer.forward(**kwargs)
     finally:
-        if offsets:
-            taps.clear(mixer, layer.parts)
+        taps.clear(mixer)
     if isinstance(output, tuple):
         return (join_rows(learnt, output[0], base[0]), *output[1:])
     return join_rows(learnt, output, base)

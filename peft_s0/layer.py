@@ -286,11 +286,6 @@ class S0Layer(nn.Module, BaseTunerLayer):
         # The mixer's call that is running, if S0 has something to do in it.
         self.call: Call | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        # torch cannot copy the handle of a hook whose module is gone, as a merged LoRA layer is.
-        self.handles = [handle for handle in self.handles if handle.hooks_dict_ref() is not None]
-        return vars(self)
-
     def update_layer(
         self, adapter_name: str, config: S0Config, device: torch.device | None, cast: bool = False
     ) -> None:
@@ -337,12 +332,6 @@ class S0Layer(nn.Module, BaseTunerLayer):
     def states(self, adapter_name: str) -> dict[str, InitialState]:
         """Those of `learnt_tensors` that have the shape of a state."""
         return {kind: held for kind, held in self.learnt_tensors(adapter_name).items() if kind != "s0_alpha"}
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """Attributes of the mixer that are tapped. What only offsets need is left alone without them."""
-        readout = self.declaration.readout
-        return self.declaration.parts + (() if readout is None or not self.s0_offset else readout.parts)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """See `BaseTunerLayer.set_adapter`; this one touches only what changes, for tasks are switched between calls.

@@ -45,7 +45,7 @@ class Reading:
         self.gain: Tensor | None = None
 
     def engage(self) -> None:
-        """Take part in the mixer's next call, until the taps of `readout.parts` are cleared."""
+        """Take part in the mixer's next call, until its taps are cleared."""
         taps.also_on_output(self.mixer, self.readout.projection, self.see_projection)
         taps.on_input(self.mixer, self.readout.output_of(self.mixer), self.add)
 

@@ -73,17 +73,11 @@ def on_arguments(mixer: nn.Module, part: str, action: Callable[[dict[str, Any]],
     _tap(mixer, part).on_arguments = action
 
 
-def clear(mixer: nn.Module, parts: tuple[str, ...]) -> None:
-    """Put parts back in their places.
-
-    Args:
-        mixer: the mixer.
-        parts: attributes that hold the parts; a mixer may lack some.
-    """
-    for part in parts:
-        tap = getattr(mixer, part, None)
-        if isinstance(tap, Tap):
-            setattr(mixer, part, tap.part)
+def clear(mixer: nn.Module) -> None:
+    """Put all parts of a mixer back in their places."""
+    for name, child in list(mixer.named_children()):
+        if isinstance(child, Tap):
+            setattr(mixer, name, child.part)
 
 
 def _both(first: Action, second: Action, output: Tensor) -> Tensor | None:

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tuned import Tuned, tune
 
 from peft_s0 import S0Config, S0Layer
-from peft_s0.injection import Tuned as Watched
+from peft_s0.injection import Watched
 
 # Python functions that may run for each recurrent layer and once a step, beside the base model's own. A layer has the
 # two hooks on its mixer, with what torch's modules do to call hooks.

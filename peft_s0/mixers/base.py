@@ -89,11 +89,6 @@ class Readout:
     normalize: bool
     output: str
 
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """Attributes of the mixer that are tapped."""
-        return (self.projection, self.output)
-
     def output_of(self, mixer: MixerModule) -> str:
         """The attribute that holds the part which takes what is read, as this mixer is configured."""
         return self.output
@@ -209,11 +204,6 @@ class Mixer:
     readout: Readout | None = None
     takes_chunks: bool = True
 
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """Attributes of the mixer that are tapped."""
-        return tuple(gate.projection for gate in self.gates)
-
     def has_past(self, mixer: MixerModule, arguments: dict[str, Any]) -> bool:
         """Whether a call continues a sequence, since its cache already holds a state of this mixer.
 
@@ -327,7 +317,7 @@ class Mixer:
         if call.held is not None:
             for gate in self.gates:
                 gate.release(mixer)
-        clear(mixer, self.parts)
+        clear(mixer)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Declarations hold functions that pickle cannot carry, and are the same in every process.

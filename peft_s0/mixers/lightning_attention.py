@@ -106,7 +106,6 @@ class _Recurrence:
 class LightningAttention(Mixer):
     """Declaration of a lightning attention. See `Mixer`."""
 
-    parts: tuple[str, ...] = ("qkv_proj", "norm")
     checks: bool = True
     takes_chunks: bool = False
 

@@ -173,12 +173,10 @@ class Mamba1Mixer(Mixer):
 
     Args:
         scan: what stands for one call.
-        parts: attributes of the mixer that are tapped.
     """
 
     scan: type[Scan] = Scan
     takes_chunks: bool = False
-    parts: tuple[str, ...] = ("in_proj", "x_proj", "out_proj")
 
     def resumes(self, tokens: int, pads: Tensor | None, cache: Any) -> bool:
         """Several tokens on a cache with a past would lose it. One is a step, which honours it."""
@@ -194,7 +192,8 @@ class Mamba1Mixer(Mixer):
                 states = states * call.rows.view(-1, *[1] * (states.ndim - 1))
         scan = self.scan(mixer, call, states)
         on_output(mixer, "in_proj", scan.see_input)
-        if "x_proj" in self.parts:
+        # Zamba's is a parameter, which its scan reads itself.
+        if hasattr(mixer, "x_proj"):
             on_input(mixer, "x_proj", scan.see_values)
             on_output(mixer, "x_proj", scan.see_parameters)
         on_input(mixer, "out_proj", scan.correct)
@@ -245,4 +244,4 @@ def _mamba1(path: str, **fields: Any) -> None:
 _mamba1("mamba.modeling_mamba.MambaMixer", courier=Courier("attention_mask"))
 _mamba1("falcon_mamba.modeling_falcon_mamba.FalconMambaMixer", courier=Courier("attention_mask"))
 _mamba1("jamba.modeling_jamba.JambaMambaMixer", courier=Courier("attention_mask"))
-_mamba1("zamba.modeling_zamba.ZambaMambaMixer", scan=HeadedScan, parts=("in_proj", "out_proj"))
+_mamba1("zamba.modeling_zamba.ZambaMambaMixer", scan=HeadedScan)

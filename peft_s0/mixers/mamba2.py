@@ -88,11 +88,6 @@ class MultipliedReadout(InputReadout):
         projected[..., _columns(mixer)] * mixer.mup_vector[..., _columns(mixer)]
     )
 
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """See `Readout.parts`."""
-        return (self.projection, self.output, "out_proj")
-
     def output_of(self, mixer: MixerModule) -> str:
         """See `Readout.output_of`."""
         return "norm" if mixer.mamba_rms_norm else "out_proj"

@@ -102,11 +102,6 @@ class Mamba2Mixer(Mixer):
     cache_argument: str = "inference_params"
     input_argument: str = "u"
 
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """See `Mixer.parts`. Some layers have no norm."""
-        return ("in_proj", "norm", "out_proj")
-
     def refusal(self, mixer: MixerModule) -> str | None:
         """See `Mixer.refusal`."""
         return None if mixer.process_group is None else "tensor parallelism splits its heads between processes"

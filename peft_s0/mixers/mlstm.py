@@ -42,7 +42,6 @@ def _close(held: Tensor, arguments: dict[str, Any]) -> dict[str, Any]:
 class MLSTM(Mixer):
     """Declaration of an mLSTM layer, which is given its state and returns it. See `Mixer`."""
 
-    parts: tuple[str, ...] = ("mlstm_backend",)
     cache_argument: str = "state"
     input_argument: str = "x"
     courier: Courier | None = _COURIER

@@ -94,7 +94,6 @@ class _Recurrence:
 class RGLRU(Mixer):
     """Declaration of a recurrent block around an RG-LRU. See `Mixer`."""
 
-    parts: tuple[str, ...] = ("linear_x", "rg_lru")
     cache_argument: str = "past_key_values"
     input_argument: str = "input_states"
     courier: Courier | None = _COURIER
