@@ -483,22 +483,9 @@ class S0Layer(nn.Module, BaseTunerLayer):
             count = batch if documents is None else len(documents)
             return state.to(device).expand(count, *state.shape).contiguous()
         names = rows.of(batch, documents)
-        scaled = {name: self._scaled(name) for name in rows.different if name in self.s0_state}
+        found = {name: self.effective_state(name).to(device) for name in rows.different if name in self.s0_state}
         zero = torch.zeros((), dtype=torch.float32, device=device).expand(self.state_shape)
-        found = {name: state.to(device) for name, (state, _) in scaled.items()}
-        # Gathered first and scaled then, so that the number of adapters does not count.
-        states = torch.stack([found.get(name, zero) for name in names])
-        factors = {factor for _, factor in scaled.values()}
-        if any(isinstance(factor, Tensor) for factor in factors):
-            # One that is learnt has a gradient, which needs the states as they were.
-            each = torch.stack(
-                [torch.as_tensor(scaled[name][1] if name in scaled else 1.0).to(states) for name in names]
-            )
-            return states * each.view(-1, *[1] * len(self.state_shape))
-        if len(factors) == 1:
-            return states.mul_(factors.pop())
-        each = torch.tensor([scaled[name][1] if name in scaled else 1.0 for name in names], dtype=states.dtype)
-        return states.mul_(each.to(device).view(-1, *[1] * len(self.state_shape)))
+        return torch.stack([found.get(name, zero) for name in names])
 
     def requires_grad_(self, requires_grad: bool = True) -> S0Layer:
         """As of any module.
@@ -529,10 +516,6 @@ class S0Layer(nn.Module, BaseTunerLayer):
         if torch.is_grad_enabled() and states.requires_grad:
             return torch.ones(states.shape[0], dtype=torch.bool, device=states.device)
         return (states != 0).flatten(1).any(dim=1)
-
-    def _scaled(self, adapter_name: str) -> tuple[Tensor, float | Tensor]:
-        """An adapter's state and the factor that it is still to be multiplied by."""
-        return self._scale(adapter_name, self.state(adapter_name)())
 
     def _read(self, held: nn.Module, adapter_name: str, product: Callable[[Tensor], Tensor]) -> Tensor:
         """A linear function of an adapter's scaled state or offset, which is nowhere copied where it need not be."""
