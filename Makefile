@@ -25,7 +25,7 @@ quickstart: $(VENV)/examples
 	$(RUN) examples/quickstart.py
 
 test: $(VENV)/dev $(DEEPSPEED)/installed lint ratios site kernels
-	$(RUN) -m pytest -n 2
+	$(RUN) -m pytest -n 2 --dist loadgroup
 
 kernels: $(KERNELS)/kernels
 	$(RUN_KERNELS) -m pytest -n 2 -p tests.kernels.interpreter tests/kernels

@@ -62,8 +62,9 @@ class Watched:
     def forget_idle(self) -> None:
         """End what `note_idle` has noted."""
         # A compiled model writes nothing that it need not.
-        if self.routing.idle_on is not None:
-            self.routing.idle_on = None
+        routing = self.routing
+        if routing.idle_on is not None:
+            routing.idle_on = None
 
     def note_idle(self, arguments: dict[str, Any]) -> None:
         """Note whether a call of a single token only goes on with sequences, so that no mixer has anything to do.
@@ -80,14 +81,15 @@ class Watched:
         cache = next((arguments[name] for name in ("past_key_values", "cache_params") if name in arguments), None)
         if cache is None or not all(declaration.steps_by_cache for declaration in self.declarations):
             return
+        named = {declaration.cache_argument: cache for declaration in self.declarations}
         for mixer, layer in zip(self.mixers, self.layers, strict=True):
-            declaration = layer.declaration
-            if not declaration.has_past(mixer, {declaration.cache_argument: cache}) or layer.reads:
+            if not layer.declaration.has_past(mixer, named) or layer.reads:
                 return
-        if self.routing.rows is not None:
+        routing = self.routing
+        if routing.rows is not None:
             tokens = arguments["input_ids"] if "input_ids" in arguments else arguments["inputs_embeds"]
-            self.routing.rows.check(tokens.shape[0])
-        self.routing.idle_on = cache
+            routing.rows.check(tokens.shape[0])
+        routing.idle_on = cache
 
 
 def layer_of(mixer: nn.Module) -> S0Layer:
@@ -187,8 +189,8 @@ def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _before_backbone(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    positional = zip(parameter_names(type(backbone)), args, strict=False)
-    arguments = {name: value for name, value in (*positional, *kwargs.items()) if value is not None}
+    named = {**dict(zip(parameter_names(type(backbone)), args, strict=False)), **kwargs} if args else kwargs
+    arguments = {name: value for name, value in named.items() if value is not None}
     heard, says = getattr(backbone, _HEARS, None), getattr(backbone, _SAYS)
     if heard is not None:
         # Once: the next call may come without the model around it.
@@ -196,7 +198,8 @@ def _before_backbone(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     says.told = {}
     tokens = next((arguments[name].shape[1] for name in ("input_ids", "inputs_embeds") if name in arguments), 0)
     packing = {name: arguments[name] for name in PACKING_ARGUMENTS if name in arguments}
-    mask, watched = arguments.get("attention_mask"), cast(Watched, getattr(backbone, _WATCHED))
+    mask = arguments.get("attention_mask")
+    watched: Watched = getattr(backbone, _WATCHED)
     # It is there still if the last step was interrupted from the keyboard.
     watched.forget_idle()
     positions = arguments.get("position_ids") if mask is None and not packing else None
@@ -227,7 +230,8 @@ def _before_backbone(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[st
 
 
 def _after_backbone(backbone: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    cast(Watched, getattr(backbone, _WATCHED)).forget_idle()
+    watched: Watched = getattr(backbone, _WATCHED)
+    watched.forget_idle()
 
 
 def _check_couriers(backbone: nn.Module, packing: dict[str, Any], mask: Tensor | None, layers: int) -> None:
@@ -264,15 +268,17 @@ def _before_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    layer = layer_of(mixer)
-    _clean(mixer, layer)
+    # Run at every token, so no call too many.
+    layer: Any = mixer._modules[CHILD]
+    if layer.call is not None:
+        _clean(mixer, layer)
     idle_on = layer.routing.idle_on
     if (
         idle_on is not None
-        # Layers that are compiled one by one would be compiled for each cache again.
-        and not torch.compiler.is_compiling()
         and kwargs.get(layer.declaration.cache_argument) is idle_on
         and kwargs.get("attention_mask") is None
+        # Layers that are compiled one by one would be compiled for each cache again.
+        and not torch.compiler.is_compiling()
     ):
         return None
     declaration, participates, unchanged = layer.declaration, layer.participates, None
@@ -431,8 +437,8 @@ def _read_offsets(
 
 
 def _after_mixer(mixer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    layer = layer_of(mixer)
-    call = layer.call
+    layer: Any = mixer._modules[CHILD]
+    call: Call | None = layer.call
     if call is None:
         return None
     _leave(mixer, layer, call)

@@ -387,7 +387,8 @@ class S0Layer(nn.Module, BaseTunerLayer):
 
     def _holds(self, kind: str) -> bool:
         """Whether an adapter of the next call has a tensor of this kind. Asked at every token, so no call too many."""
-        held = cast(nn.Module, self._modules[kind])._modules
+        kept: Any = self._modules[kind]
+        held: Mapping[str, Any] = kept._modules
         return bool(held) and _any_in(self._called, held)
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import reference
@@ -164,6 +164,18 @@ class Architecture:
     def takes_chunks(self) -> bool:
         """Whether the base model goes on with a sequence by several tokens in one call."""
         return "every_split_into_two_chunks" not in dict(self.lacks)
+
+    def shallow(self, recurrent: int) -> Architecture:
+        """The same with so many recurrent layers at most and one of attention, where it is layers that take time."""
+
+        def config() -> Any:
+            made = self.config()
+            if made.num_hidden_layers > recurrent + 1:
+                made.num_hidden_layers = recurrent + 1
+                made.layer_types = ["linear_attention"] * recurrent + ["full_attention"]
+            return made
+
+        return replace(self, config=config, states=len(mixers(self.model_class(config()))))
 
     def build(self, seed: int = 0) -> PreTrainedModel:
         """A random model in eval mode whose mixers remember: at transformers' own initialisation tiny models forget
@@ -329,7 +341,7 @@ ARCHITECTURES = (
         "mamba2",
         "Mamba2ForCausalLM",
         lambda: transformers.Mamba2Config(
-            **COMMON, num_heads=4, head_dim=32, state_size=16, n_groups=2, chunk_size=16, num_hidden_layers=2
+            **COMMON, expand=1, num_heads=4, head_dim=16, state_size=16, n_groups=2, chunk_size=16, num_hidden_layers=2
         ),
         reference.Mamba2,
         **MAMBA2 | {"targets": frozenset({"mixer"})},

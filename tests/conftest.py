@@ -5,6 +5,7 @@ import os
 # Before any library asks: no network in tests, and no parallelism within one (pytest-xdist runs several).
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import hypothesis
 import pytest

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import pytest
 import torch
-from architectures import Architecture, mixers
+from architectures import Architecture
 from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from test_law import left_pad, packed_arguments
 from torch import Tensor, nn
@@ -26,19 +25,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.fixture
 def architecture(architecture: Architecture) -> Architecture:
-    return small(architecture)
-
-
-def small(architecture: Architecture) -> Architecture:
-    """Two layers at most, for it is layers that take time to compile."""
-
-    def config() -> object:
-        made = architecture.config()
-        if made.num_hidden_layers > 2:
-            made.num_hidden_layers, made.layer_types = 2, ["linear_attention", "full_attention"]
-        return made
-
-    return replace(architecture, config=config, states=len(mixers(architecture.model_class(config()))))
+    return architecture.shallow(1)
 
 
 @pytest.fixture(autouse=True)

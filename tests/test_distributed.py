@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def launch(script: str, folder: Path, processes: int, config: str = "ddp", runs:
     (folder / "runs.json").write_text(json.dumps(runs))
     options = ["--config_file", str(CONFIGS / f"{config}.yaml"), "--num_processes", str(processes)]
     options += ["--main_process_port", "0", "--mixed_precision", "no"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = dict(os.environ)
     if config.startswith("deepspeed"):
         paths = [os.environ.get("PYTHONPATH", ""), str(DEEPSPEED)]
         environment |= {"DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
@@ -115,6 +116,28 @@ def alone(folder: Path, *runs: dict[str, Any]) -> dict[str, Any]:
     return {run["name"]: perform(folder, run) for run in runs}
 
 
+@dataclass
+class Alone:
+    """What one process makes of all that is done on each engine.
+
+    Args:
+        folder: where.
+        script: the run of the example.
+        found: what each run reports.
+    """
+
+    folder: Path
+    script: dict[str, Any]
+    found: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Alone:
+    folder = tmp_path_factory.mktemp("alone")
+    script = example(folder)
+    return Alone(folder, script, alone(folder, *map(whole, NAMES), *map(bf16, NAMES), script))
+
+
 def adapter(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
@@ -132,7 +155,7 @@ def assert_same(found: Path, expected: Path, steps: tuple[int, ...] = (2, 4)) ->
             torch.testing.assert_close(state, second[name], atol=TOLERANCE * moved, rtol=0)
 
 
-def check(architecture: Architecture, ranks: list[Any], folder: Path, one: dict[str, Any], of_one: Path) -> None:
+def check(architecture: Architecture, ranks: list[Any], folder: Path, one: Alone) -> None:
     """What holds of `whole` on every engine, beside the states of its checkpoints."""
     name = f"whole-{architecture.name}"
     run = folder / name
@@ -143,8 +166,8 @@ def check(architecture: Architecture, ranks: list[Any], folder: Path, one: dict[
         assert rank[name]["best"] == str(run / "checkpoint-2")
         for value in ("loss", "eval_loss", "grad_norm", "s0/norm_mean", "s0/norm_max", "s0/penalty"):
             assert len(rank[name][value]) == (2 if value == "eval_loss" else 4)
-            assert rank[name][value] == pytest.approx(one[name][value], rel=1e-5)
-    assert_same(run, of_one / name)
+            assert rank[name][value] == pytest.approx(one.found[name][value], rel=1e-5)
+    assert_same(run, one.folder / name)
     # The best came back, in all processes, and is saved as a whole that loads anywhere.
     held, saved, best = load_file(run / "states.safetensors"), adapter(run / "adapter"), adapter(run / "checkpoint-2")
     loaded = get_peft_model_state_dict(PeftModel.from_pretrained(architecture.build(), run / "adapter"))
@@ -156,42 +179,44 @@ def check(architecture: Architecture, ranks: list[Any], folder: Path, one: dict[
     assert not all(torch.equal(held[key], state) for key, state in adapter(run / "checkpoint-4").items())
 
 
-def check_example(folder: Path, of_one: Path) -> None:
-    found, expected = adapter(folder / "example"), adapter(of_one / "example")
+def check_example(folder: Path, one: Alone) -> None:
+    found, expected = adapter(folder / "example"), adapter(one.folder / "example")
     assert found.keys() == expected.keys()
     for name, state in expected.items():
         assert 1e-3 < state.abs().max() < 2.1e-3  # Adam at 1e-3, two steps
         torch.testing.assert_close(found[name], state, atol=1e-7, rtol=0)
 
 
+# In one process of the tests, so that what they are compared with is made once.
+on_an_engine = pytest.mark.xdist_group("engines")
+
+
+@on_an_engine
 @pytest.mark.timeout(900)  # on a machine that does other things as well
 @pytest.mark.filterwarnings("ignore")  # of TRL, on models without names
-def test_ddp(tmp_path: Path) -> None:
-    one, two, back = (tmp_path / name for name in ("one", "two", "back"))
-    script = example(tmp_path)
-    in_one = alone(one, *map(whole, NAMES), *map(bf16, NAMES), script)
-    runs = [*map(whole, NAMES), *map(bf16, NAMES), *(resumed(name, one) for name in NAMES), script]
+def test_ddp(one: Alone, tmp_path: Path) -> None:
+    two, back = (tmp_path / name for name in ("two", "back"))
+    runs = [*map(whole, NAMES), *map(bf16, NAMES), *(resumed(name, one.folder) for name in NAMES), one.script]
     ranks = launch("runs.py", two, processes=2, runs=runs)
     alone(back, *(resumed(name, two) for name in NAMES))
     for row in MAIN:
         assert ranks[0][f"whole-{row.name}"]["wrapper"] == "DistributedDataParallel"
-        check(row, ranks, two, in_one, one)
-        assert_same(two / f"bf16-{row.name}", one / f"bf16-{row.name}", steps=(1,))
+        check(row, ranks, two, one)
+        assert_same(two / f"bf16-{row.name}", one.folder / f"bf16-{row.name}", steps=(1,))
         for folder in (two, back):
-            assert_same(folder / f"resumed-{row.name}", one / f"whole-{row.name}", steps=(4,))
+            assert_same(folder / f"resumed-{row.name}", one.folder / f"whole-{row.name}", steps=(4,))
     check_example(two, one)
 
 
+@on_an_engine
 @pytest.mark.timeout(900)  # on a machine that does other things as well
 @pytest.mark.filterwarnings("ignore")  # of TRL, on models without names
-def test_fsdp2(tmp_path: Path) -> None:
-    one, sharded, two, back = (tmp_path / name for name in ("one", "sharded", "two", "back"))
-    script = example(tmp_path)
-    in_one = alone(one, *map(whole, NAMES), *map(bf16, NAMES), script)
+def test_fsdp2(one: Alone, tmp_path: Path) -> None:
+    sharded, two, back = (tmp_path / name for name in ("sharded", "two", "back"))
     launch("runs.py", sharded, processes=1, config="fsdp2", runs=[whole(name) for name in NAMES])
     runs = [*map(whole, NAMES), *map(bf16, NAMES), *(resumed(name, sharded) for name in NAMES)]
     runs += [{"name": f"cast-{name}", "do": "refused", "architecture": name, "bf16": True} for name in NAMES]
-    ranks = launch("runs.py", two, processes=2, config="fsdp2", runs=[*runs, script])
+    ranks = launch("runs.py", two, processes=2, config="fsdp2", runs=[*runs, one.script])
     launch("runs.py", back, processes=1, config="fsdp2", runs=[resumed(name, two) for name in NAMES])
     for row in MAIN:
         for rank in ranks:
@@ -201,29 +226,28 @@ def test_fsdp2(tmp_path: Path) -> None:
             assert refusal["written"] == 0
             assert "states are trained in float32, but this one is torch.bfloat16 in the forward" in refusal["error"]
             assert rank[f"bf16-{row.name}"]["seen"] == [["torch.float32", "torch.float32"]]
-        check(row, ranks, two, in_one, one)
-        assert_same(two / f"bf16-{row.name}", one / f"bf16-{row.name}", steps=(1,))
-        assert_same(sharded / f"whole-{row.name}", one / f"whole-{row.name}")
+        check(row, ranks, two, one)
+        assert_same(two / f"bf16-{row.name}", one.folder / f"bf16-{row.name}", steps=(1,))
+        assert_same(sharded / f"whole-{row.name}", one.folder / f"whole-{row.name}")
         for folder in (two, back):
-            assert_same(folder / f"resumed-{row.name}", one / f"whole-{row.name}", steps=(4,))
+            assert_same(folder / f"resumed-{row.name}", one.folder / f"whole-{row.name}", steps=(4,))
     check_example(two, one)
 
 
+@on_an_engine
 @pytest.mark.skipif(
     not DEEPSPEED.is_dir() and find_spec("deepspeed") is None, reason="DeepSpeed is not there: make deepspeed"
 )
 @pytest.mark.timeout(900)  # on a machine that does other things as well
 @pytest.mark.filterwarnings("ignore")  # of TRL, on models without names
 @pytest.mark.parametrize("stage", [2, 3])
-def test_deepspeed(tmp_path: Path, stage: int) -> None:
+def test_deepspeed(one: Alone, tmp_path: Path, stage: int) -> None:
     config = f"deepspeed_zero{stage}"
-    one, two, back = (tmp_path / name for name in ("one", "two", "back"))
-    script = example(tmp_path)
-    in_one = alone(one, *map(whole, NAMES), *map(bf16, NAMES), script)
+    two, back = (tmp_path / name for name in ("two", "back"))
     runs = [*map(whole, NAMES), *map(bf16, NAMES), *(resumed(name, two) for name in NAMES)]
     runs += [{"name": f"past-{name}", "do": "refused_save", "architecture": name} for name in NAMES]
     runs += [{"name": f"cast-{name}", "do": "refused_cast", "architecture": name, "stage": stage} for name in NAMES]
-    ranks = launch("runs.py", two, processes=2, config=config, runs=[*runs, script])
+    ranks = launch("runs.py", two, processes=2, config=config, runs=[*runs, one.script])
     for row in MAIN:
         for rank in ranks:
             found = rank[f"whole-{row.name}"]
@@ -235,9 +259,9 @@ def test_deepspeed(tmp_path: Path, stage: int) -> None:
             if stage == 3:
                 assert refusal["written"] == 0
                 assert "is empty here: DeepSpeed's ZeRO-3 has dealt it out to the processes" in refusal["error"]
-        check(row, ranks, two, in_one, one)
-        assert_same(two / f"bf16-{row.name}", one / f"bf16-{row.name}", steps=(1,))
-        assert_same(two / f"resumed-{row.name}", one / f"whole-{row.name}", steps=(4,))
+        check(row, ranks, two, one)
+        assert_same(two / f"bf16-{row.name}", one.folder / f"bf16-{row.name}", steps=(1,))
+        assert_same(two / f"resumed-{row.name}", one.folder / f"whole-{row.name}", steps=(4,))
     check_example(two, one)
     # DeepSpeed's own checkpoints are for the number of processes that wrote them, and say so.
     (rank,) = launch(

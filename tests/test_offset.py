@@ -23,7 +23,7 @@ from architectures import ARCHITECTURES, MAIN, Architecture, mixers
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from reference import GatedDeltaRule, Mamba2, with_slow_mixers
 from safetensors.torch import load_file
-from test_compile import _fresh_compiler, compiled, graphs, small  # noqa: F401 - a fixture
+from test_compile import _fresh_compiler, compiled, graphs  # noqa: F401 - a fixture
 from test_errors import change_states, untouched
 from test_gradients import gradients, loss_of
 from test_law import in_chunks, left_pad, packed_arguments
@@ -469,7 +469,7 @@ def test_card(architecture: Architecture, tmp_path: Path) -> None:
 @of_both
 def test_compiled(architecture: Architecture, variant: str) -> None:
     """One graph for a prefill and one for all steps, fullgraph; and the same gradients."""
-    architecture = small(architecture)
+    architecture = architecture.shallow(1)
     if variant == "offset":
         test_compile.test_prefill_and_decode(tune(architecture, variant=variant))
         return
