@@ -36,27 +36,27 @@ STEPS = 4
 
 
 @torch.no_grad()
-def steps(model: nn.Module) -> None:
-    """Let callgrind count steps behind a prompt, once Python has adapted its bytecode to them."""
-    ids, cache = tokens("cpu", 1, 16), DynamicCache(config=model.config)
-    for part in (ids, *[ids[:, :1]] * 2 * STEPS):
-        model(input_ids=part, past_key_values=cache, use_cache=True)
+def count(run: Callable[[], object]) -> None:
+    """Let callgrind count some runs, once Python has adapted its bytecode to them."""
+    for _ in range(2 * STEPS):
+        run()
     torch._C._valgrind_toggle()
     for _ in range(STEPS):
-        model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+        run()
     torch._C._valgrind_toggle_and_dump_stats()
 
 
 @torch.no_grad()
+def steps(model: nn.Module) -> None:
+    """Count steps behind a prompt."""
+    ids, cache = tokens("cpu", 1, 16), DynamicCache(config=model.config)
+    model(input_ids=ids, past_key_values=cache, use_cache=True)
+    count(partial(model, input_ids=ids[:, :1], past_key_values=cache, use_cache=True))
+
+
 def prefills(mask: Tensor | None, model: nn.Module) -> None:
-    """Let callgrind count passes over prompts."""
-    ids = tokens("cpu", 2, 16)
-    for _ in range(STEPS):
-        model(input_ids=ids, attention_mask=mask, use_cache=True)
-    torch._C._valgrind_toggle()
-    for _ in range(STEPS):
-        model(input_ids=ids, attention_mask=mask, use_cache=True)
-    torch._C._valgrind_toggle_and_dump_stats()
+    """Count passes over prompts."""
+    count(partial(model, input_ids=tokens("cpu", 2, 16), attention_mask=mask, use_cache=True))
 
 
 MEASUREMENTS: dict[str, Callable[[nn.Module], None]] = {

@@ -268,10 +268,8 @@ def _before_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    # Run at every token, so no call too many.
-    layer: Any = mixer._modules[CHILD]
-    if layer.call is not None:
-        _clean(mixer, layer)
+    layer = layer_of(mixer)
+    _clean(mixer, layer)
     idle_on = layer.routing.idle_on
     if (
         idle_on is not None
@@ -437,8 +435,8 @@ def _read_offsets(
 
 
 def _after_mixer(mixer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    layer: Any = mixer._modules[CHILD]
-    call: Call | None = layer.call
+    layer = layer_of(mixer)
+    call = layer.call
     if call is None:
         return None
     _leave(mixer, layer, call)
