@@ -10,6 +10,8 @@ import torch
 _DISTRIBUTIONS = {"fla": "flash-linear-attention", "mamba_ssm": "mamba-ssm"}
 
 
+# Compiled code would otherwise be compiled again once any module at all was imported since.
+@torch.compiler.assume_constant_result
 def in_use(module: str | None) -> bool:
     """Whether a mixer runs on optional kernels.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import pytest
 import torch
@@ -177,6 +179,16 @@ def test_a_compiled_model_follows(tuned: Tuned) -> None:
     assert torch.equal(rows[0], seen[-2][0])
     assert torch.equal(rows[1], seen[1][1])
     assert len({float(logits.sum()) for logits in seen}) == len(seen)
+
+
+@torch.no_grad()
+def test_importing_compiles_nothing_again(tuned: Tuned, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was compiled does not depend on which modules a process has imported since."""
+    ids, model = tuned.ids(2, 9), compiled(tuned.model, backend="eager")
+    model(ids, use_cache=False)
+    monkeypatch.setitem(sys.modules, "imported_later", ModuleType("imported_later"))
+    model(ids, use_cache=False)
+    assert graphs() == 1
 
 
 @torch.no_grad()
