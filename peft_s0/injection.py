@@ -269,7 +269,8 @@ def _before_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 def _before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     layer = layer_of(mixer)
-    _clean(mixer, layer)
+    if layer.calls:
+        _clean(mixer, layer)
     idle_on = layer.routing.idle_on
     if (
         idle_on is not None
@@ -419,7 +420,7 @@ def _append_pad(mixer: nn.Module, layer: S0Layer, call: Call, kwargs: dict[str, 
 
 
 def _enter(mixer: nn.Module, layer: S0Layer, call: Call, past: Tensor | None = None) -> Any:
-    layer.call = call
+    layer.calls[taps.thread()] = call
     entered = layer.declaration.enter(mixer, call)
     _read_offsets(mixer, layer, call.offsets, past)
     return entered
@@ -436,7 +437,8 @@ def _read_offsets(
 
 def _after_mixer(mixer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     layer = layer_of(mixer)
-    call = layer.call
+    # Asked at every token, so no call too many.
+    call = layer.calls.get(taps.thread()) if layer.calls else None
     if call is None:
         return None
     _leave(mixer, layer, call)
@@ -448,12 +450,13 @@ def _after_mixer(mixer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
 
 def _clean(mixer: nn.Module, layer: S0Layer) -> None:
     """Undo what a call has left that was interrupted from the keyboard: no hook runs after it."""
-    if layer.call is not None:
-        _leave(mixer, layer, layer.call)
+    call = layer.calls.get(taps.thread())
+    if call is not None:
+        _leave(mixer, layer, call)
 
 
 def _leave(mixer: nn.Module, layer: S0Layer, call: Call) -> None:
-    layer.call = None
+    del layer.calls[taps.thread()]
     layer.declaration.leave(mixer, call)
 
 

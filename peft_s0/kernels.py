@@ -11,7 +11,7 @@ _DISTRIBUTIONS = {"fla": "flash-linear-attention", "mamba_ssm": "mamba-ssm"}
 
 
 # Compiled code would otherwise be compiled again once any module at all was imported since.
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def in_use(module: str | None) -> bool:
     """Whether a mixer runs on optional kernels.
 

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -283,8 +283,8 @@ class S0Layer(nn.Module, BaseTunerLayer):
         # Of the instance, as it will be after the first disable_adapter(): a compiled model sees the difference.
         self._disable_adapters = False
         self.handles: list[RemovableHandle] = []
-        # The mixer's call that is running, if S0 has something to do in it.
-        self.call: Call | None = None
+        # The mixer's call that is running in a thread, if S0 has something to do in it.
+        self.calls: dict[int, Call] = {}
 
     def update_layer(
         self, adapter_name: str, config: S0Config, device: torch.device | None, cast: bool = False
@@ -322,7 +322,8 @@ class S0Layer(nn.Module, BaseTunerLayer):
 
     def state(self, adapter_name: str) -> InitialState:
         """The module that holds an adapter's state."""
-        return cast(InitialState, self.s0_state[adapter_name])
+        state: InitialState = self._kept("s0_state")[adapter_name]
+        return state
 
     def learnt_tensors(self, adapter_name: str) -> dict[str, InitialState]:
         """The modules that hold what an adapter has learnt here, by what it is: `s0_state`, `s0_offset`, `s0_alpha`."""
@@ -359,8 +360,9 @@ class S0Layer(nn.Module, BaseTunerLayer):
 
         In training mode, `train_alpha` may go before it.
         """
-        if adapter_name in self.s0_alpha:
-            return float(cast(LearntAlpha, self.s0_alpha[adapter_name]).weight.detach())
+        learnt = self._kept("s0_alpha").get(adapter_name)
+        if learnt is not None:
+            return float(learnt.weight.detach())
         config = self.configs[adapter_name]
         assert config.alpha is not None, "S0Model sets alpha before it makes layers"
         key = self.alpha_keys.get(adapter_name)
@@ -387,9 +389,17 @@ class S0Layer(nn.Module, BaseTunerLayer):
 
     def _holds(self, kind: str) -> bool:
         """Whether an adapter of the next call has a tensor of this kind. Asked at every token, so no call too many."""
+        held = self._kept(kind)
+        return bool(held) and _any_in(self._called, held)
+
+    def _kept(self, kind: str) -> Mapping[str, Any]:
+        """The modules that hold what adapters have learnt, by the adapters' names.
+
+        As attributes of a module, they would take several times as long to find.
+        """
         kept: Any = self._modules[kind]
         held: Mapping[str, Any] = kept._modules
-        return bool(held) and _any_in(self._called, held)
+        return held
 
     @property
     def _called(self) -> Sequence[str]:
@@ -477,14 +487,15 @@ class S0Layer(nn.Module, BaseTunerLayer):
             return states if documents is None else states[torch.tensor(documents, device=device)]
         rows = self.routing.rows
         if rows is None:
-            active = [name for name in self._active_adapter if name in self.s0_state]
-            state = self.effective_state(active[0])
-            for name in active[1:]:
-                state = state + self.effective_state(name)
+            kept = self._kept("s0_state")
             count = batch if documents is None else len(documents)
-            return state.to(device).expand(count, *state.shape).contiguous()
+            # Scaled as it is copied.
+            copies = partial(_copies, count, device)
+            first, *others = [self._read(kept[name], name, copies) for name in self._active_adapter if name in kept]
+            return sum(others, first).contiguous()
         names = rows.of(batch, documents)
-        found = {name: self.effective_state(name).to(device) for name in rows.different if name in self.s0_state}
+        kept = self._kept("s0_state")
+        found = {name: self.effective_state(name).to(device) for name in rows.different if name in kept}
         zero = torch.zeros((), dtype=torch.float32, device=device).expand(self.state_shape)
         return torch.stack([found.get(name, zero) for name in names])
 
@@ -516,14 +527,15 @@ class S0Layer(nn.Module, BaseTunerLayer):
             states = states[:1]
         if torch.is_grad_enabled() and states.requires_grad:
             return torch.ones(states.shape[0], dtype=torch.bool, device=states.device)
-        return (states != 0).flatten(1).any(dim=1)
+        return states.flatten(1).any(dim=1)
 
     def _read(self, held: nn.Module, adapter_name: str, product: Callable[[Tensor], Tensor]) -> Tensor:
         """A linear function of an adapter's scaled state or offset, which is nowhere copied where it need not be."""
 
         def read(state: Tensor) -> Tensor:
             state, factor = self._scale(adapter_name, state)
-            return product(state) * factor
+            result = product(state)
+            return result * (factor.to(result.device) if isinstance(factor, Tensor) else factor)
 
         result: Tensor = held(read)
         return result
@@ -540,9 +552,8 @@ class S0Layer(nn.Module, BaseTunerLayer):
             norm = state.norm()
             # A zero state has no direction; it stays zero, with a finite gradient.
             state = torch.where(norm > 0, state / norm.clamp_min(torch.finfo(norm.dtype).tiny), state)
-        if adapter_name in self.s0_alpha:
-            return state, self.s0_alpha[adapter_name]().squeeze(0).to(state.device)
-        return state, self.alpha(adapter_name)
+        learnt = self._kept("s0_alpha").get(adapter_name)
+        return state, self.alpha(adapter_name) if learnt is None else learnt().squeeze(0)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # There is no base layer to read a device from; a state is moved to the hidden states' device when it is used.
@@ -589,6 +600,11 @@ class S0Layer(nn.Module, BaseTunerLayer):
 
 def _as_it_is(state: Tensor) -> Tensor:
     return state
+
+
+def _copies(count: int, device: torch.device, state: Tensor) -> Tensor:
+    """One for each row, without memory of their own."""
+    return state.to(device).expand(count, *state.shape)
 
 
 def _any_in(names: Sequence[str], held: Mapping[str, Any]) -> bool:

@@ -97,10 +97,10 @@ def find_documents(kwargs: dict[str, Any], hidden_states: Tensor, gap: int | Non
     Raises:
         ValueError: if the lengths do not add up to the row.
     """
-    batch, tokens = hidden_states.shape[:2]
     boundaries = _boundaries(kwargs, hidden_states)
     if boundaries is None:
         return None
+    batch, tokens = hidden_states.shape[:2]
     lengths = boundaries.diff()
     order = torch.arange(batch * tokens, device=hidden_states.device)
     document = torch.searchsorted(boundaries, order, right=True) - 1
@@ -163,9 +163,9 @@ def _starts(position_ids: Tensor | None) -> Tensor | None:
 
 def _boundaries(kwargs: dict[str, Any], hidden_states: Tensor) -> Tensor | None:
     """Where documents begin in the flattened batch, and its end: long [documents + 1]."""
-    batch, tokens = hidden_states.shape[:2]
-    boundaries, index = kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx")
+    boundaries = kwargs.get("cu_seq_lens_q")
     if boundaries is not None:
+        batch, tokens = hidden_states.shape[:2]
         boundaries = boundaries.to(device=hidden_states.device, dtype=torch.long)
         if batch != 1 or int(boundaries[-1]) != tokens:
             raise ValueError(
@@ -173,12 +173,13 @@ def _boundaries(kwargs: dict[str, Any], hidden_states: Tensor) -> Tensor | None:
                 f"{batch} row(s) of {tokens}. Pass one row, with cumulative lengths that end at its length."
             )
         return boundaries
+    index = kwargs.get("seq_idx")
     if index is None:
         return None
-    starts = torch.ones(batch, tokens, dtype=torch.bool, device=hidden_states.device)
+    starts = torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
     starts[:, 1:] = index[:, 1:] != index[:, :-1]
     first = starts.flatten().nonzero().flatten()
-    return torch.cat([first, first.new_tensor([batch * tokens])])
+    return torch.cat([first, first.new_tensor([starts.numel()])])
 
 
 def _same_at_the_end(lengths: Tensor, hidden_states: Tensor) -> int:

@@ -8,48 +8,67 @@ call, and the part back after it. So parts have no hooks, which would cost time 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 Action = Callable[[Tensor], "Tensor | None"]
 
 
+@dataclass
+class Actions:
+    """What is done with a part's input and output in one call of its mixer."""
+
+    on_output: Action | None = None
+    on_input: Action | None = None
+    on_arguments: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+
+
 class Tap(nn.Module):
-    """A part of a mixer, and what is done with its input and output.
+    """A part of a mixer, and what is done with its input and output, for each thread that calls the mixer.
 
     Args:
         part: the part, with all that other adapters have put around it.
     """
 
     part: nn.Module
-    on_output: Action | None = None
-    on_input: Action | None = None
-    on_arguments: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    actions: dict[int, Actions]
 
     def __init__(self, part: nn.Module) -> None:
         super().__init__()
         # Its tensors and children are the tap's, under the names they have: a call that was interrupted from the
         # keyboard has hidden none of them. It is no child itself. Not as attributes, which take a module long to set.
         shared = {"_parameters": part._parameters, "_buffers": part._buffers, "_modules": part._modules}
-        vars(self).update(shared, part=part)
+        vars(self).update(shared, part=part, actions={})
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The part's output, as the actions change it."""
-        if self.on_input is not None:
-            changed = self.on_input(args[0])
+        actions = self.actions.get(thread())
+        if actions is None:
+            return self.part(*args, **kwargs)
+        if actions.on_input is not None:
+            changed = actions.on_input(args[0])
             args = args if changed is None else (changed, *args[1:])
-        if self.on_arguments is not None:
-            kwargs = self.on_arguments(kwargs)
+        if actions.on_arguments is not None:
+            kwargs = actions.on_arguments(kwargs)
         output = self.part(*args, **kwargs)
-        changed = None if self.on_output is None else self.on_output(output)
+        changed = None if actions.on_output is None else actions.on_output(output)
         return output if changed is None else changed
 
     def __getattr__(self, name: str) -> Any:
         # A mixer may read a part's weight, or what else it has.
         return getattr(self.part, name)
+
+
+def thread() -> int:
+    """Which thread this is; compiled code, which cannot ask, is one of its own."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 def on_output(mixer: nn.Module, part: str, action: Action) -> None:
@@ -59,8 +78,8 @@ def on_output(mixer: nn.Module, part: str, action: Action) -> None:
 
 def also_on_output(mixer: nn.Module, part: str, action: Action) -> None:
     """Like `on_output`, but before what is done with the output already."""
-    tap = _tap(mixer, part)
-    tap.on_output = action if tap.on_output is None else partial(_both, action, tap.on_output)
+    actions = _tap(mixer, part)
+    actions.on_output = action if actions.on_output is None else partial(_both, action, actions.on_output)
 
 
 def on_input(mixer: nn.Module, part: str, action: Action) -> None:
@@ -74,11 +93,22 @@ def on_arguments(mixer: nn.Module, part: str, action: Callable[[dict[str, Any]],
 
 
 def clear(mixer: nn.Module) -> None:
-    """Put all parts of a mixer back in their places."""
+    """Forget what this thread does with a mixer's parts; those that no other thread taps return to their places."""
     # Not through named_children: this is asked after every call that starts sequences, most of which tap nothing.
-    for name, child in list(mixer._modules.items()):
-        if isinstance(child, Tap):
-            setattr(mixer, name, child.part)
+    tapped = [name for name, child in mixer._modules.items() if type(child) is Tap]
+    if not tapped:
+        return
+    if torch.compiler.is_compiling():
+        for name in tapped:
+            setattr(mixer, name, getattr(mixer, name).part)
+        return
+    with _PLACING:
+        for name in tapped:
+            tap = mixer._modules[name]
+            if isinstance(tap, Tap):
+                tap.actions.pop(thread(), None)
+                if not tap.actions:
+                    mixer._modules[name] = tap.part
 
 
 def _both(first: Action, second: Action, output: Tensor) -> Tensor | None:
@@ -87,10 +117,27 @@ def _both(first: Action, second: Action, output: Tensor) -> Tensor | None:
     return changed if again is None else again
 
 
-def _tap(mixer: nn.Module, part: str) -> Tap:
-    present = getattr(mixer, part)
-    if isinstance(present, Tap):
-        return present
-    tap = Tap(present)
-    setattr(mixer, part, tap)
-    return tap
+# Taps that were in place before. To make a module takes longer than all else that is done with it.
+_MADE: WeakKeyDictionary[nn.Module, dict[str, Tap]] = WeakKeyDictionary()
+_PLACING = threading.Lock()
+
+
+def _tap(mixer: nn.Module, part: str) -> Actions:
+    """What this thread does with a part that is tapped from now on."""
+    if torch.compiler.is_compiling():
+        present = getattr(mixer, part)
+        if not isinstance(present, Tap):
+            present = Tap(present)
+            setattr(mixer, part, present)
+        return present.actions.setdefault(thread(), Actions())
+    # Not as an attribute, which takes a module long to set.
+    parts: dict[str, Any] = mixer._modules
+    with _PLACING:
+        present = parts[part]
+        if not isinstance(present, Tap):
+            made = _MADE.setdefault(mixer, {})
+            tap = made.get(part)
+            if tap is None or tap.part is not present:
+                tap = made[part] = Tap(present)
+            parts[part] = present = tap
+        return present.actions.setdefault(thread(), Actions())

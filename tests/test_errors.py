@@ -399,7 +399,7 @@ def test_a_mixer_that_raises_leaves_nothing_frozen(tuned: Tuned, error: type[Bas
     for handle in handles:
         handle.remove()
     if error is RuntimeError:
-        assert all(layer.call is None for layer in tuned.model.base_model.tuner_layers())
+        assert all(not layer.calls for layer in tuned.model.base_model.tuner_layers())
         assert not any(isinstance(module, Tap) for module in tuned.model.modules())
     # No hook runs after an interrupt from the keyboard: the next call puts the parts back, and no weight is missing
     # meanwhile.
