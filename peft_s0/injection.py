@@ -33,9 +33,21 @@ _WATCHED, _COURIER = "s0_watched", "s0_courier"
 
 @dataclass
 class Announcement:
-    """What a module says of its call to those inside it that the call's arguments do not reach."""
+    """What a module says of its call to those inside it that the call's arguments do not reach, in each thread."""
 
-    told: dict[str, Any] = field(default_factory=dict)
+    told: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    def say(self, told: dict[str, Any]) -> None:
+        """Say something in place of what was said before."""
+        self.told[taps.thread()] = told
+
+    def hear(self) -> dict[str, Any]:
+        """What was said."""
+        return self.told.get(taps.thread(), {})
+
+    def take(self) -> dict[str, Any]:
+        """What was said, which no one hears again."""
+        return self.told.pop(taps.thread(), {})
 
 
 @dataclass
@@ -185,7 +197,7 @@ def _backbone(modules: dict[str, nn.Module], name: str) -> nn.Module | None:
 
 def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     names = ("position_ids", *PACKING_ARGUMENTS)
-    getattr(model, _SAYS).told = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+    getattr(model, _SAYS).say({name: kwargs[name] for name in names if kwargs.get(name) is not None})
 
 
 def _before_backbone(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -194,8 +206,8 @@ def _before_backbone(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     heard, says = getattr(backbone, _HEARS, None), getattr(backbone, _SAYS)
     if heard is not None:
         # Once: the next call may come without the model around it.
-        arguments, heard.told = {**heard.told, **arguments}, {}
-    says.told = {}
+        arguments = {**heard.take(), **arguments}
+    says.take()
     tokens = next((arguments[name].shape[1] for name in ("input_ids", "inputs_embeds") if name in arguments), 0)
     packing = {name: arguments[name] for name in PACKING_ARGUMENTS if name in arguments}
     mask = arguments.get("attention_mask")
@@ -224,7 +236,7 @@ def _before_backbone(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[st
         refuse_boundaries(positions)
     if told:
         _check_couriers(backbone, packing, told.get("attention_mask"), len(layers))
-        says.told = told
+        says.say(told)
         return None
     return (args, {**kwargs, **packing}) if packing else None
 
@@ -232,6 +244,7 @@ def _before_backbone(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[st
 def _after_backbone(backbone: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     watched: Watched = getattr(backbone, _WATCHED)
     watched.forget_idle()
+    getattr(backbone, _SAYS).take()
 
 
 def _check_couriers(backbone: nn.Module, packing: dict[str, Any], mask: Tensor | None, layers: int) -> None:
@@ -257,7 +270,7 @@ def _check_couriers(backbone: nn.Module, packing: dict[str, Any], mask: Tensor |
 
 
 def _before_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    told = getattr(block, _HEARS).told
+    told = getattr(block, _HEARS).hear()
     if not told:
         return None
     name = getattr(block, _COURIER).argument

@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from architectures import mixers
+from architectures import ARCHITECTURES, Architecture, mixers
 from test_law import left_pad
 from torch import Tensor, nn
-from tuned import Tuned
+from tuned import Tuned, tune
 
 from peft_s0.taps import Tap
 
@@ -41,8 +41,21 @@ def a_step(tuned: Tuned) -> dict[str, object]:
     return {"input_ids": tuned.ids(2, 1), "use_cache": True, tuned.architecture.cache: cache}
 
 
-@pytest.mark.parametrize("other", [padded, padded_otherwise, without_pads, a_single_token, a_step])
+# The others' mixers keep their states themselves, so that even the base model serves one thread.
+SHARED = [architecture for architecture in ARCHITECTURES if architecture.name != "recurrent_gemma"]
+
+
+@pytest.mark.parametrize("architecture", SHARED, ids=lambda architecture: architecture.name)
+def test_padded_rows_in_every_architecture(architecture: Architecture) -> None:
+    check(tune(architecture), padded_otherwise)
+
+
+@pytest.mark.parametrize("other", [padded, without_pads, a_single_token, a_step])
 def test_calls_that_meet_in_every_mixer(tuned: Tuned, other: Callable[[Tuned], dict[str, object]]) -> None:
+    check(tuned, other)
+
+
+def check(tuned: Tuned, other: Callable[[Tuned], dict[str, object]]) -> None:
     """Whenever one of a mixer's projections is called, both threads are in it. They get what they get alone."""
     pair, together = [padded(tuned), other(tuned)], threading.Barrier(2)
 
