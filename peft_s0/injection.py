@@ -135,6 +135,13 @@ def detach(mixer: nn.Module) -> None:
     delattr(mixer, CHILD)
 
 
+def clean(model: nn.Module) -> None:
+    """Undo what a call of a model has left in its mixers that was interrupted from the keyboard."""
+    for module in model.modules():
+        if has_layer(module):
+            _clean(module, layer_of(module))
+
+
 def watch(model: nn.Module) -> None:
     """Hook a model and the backbones above its tuned mixers, so that packed rows are seen wherever they are announced.
 

@@ -195,6 +195,11 @@ class InitialState(Float32Module):
             check_finite("weight", self.weight.detach())
             self.replaced = False
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Of torch.nn.Module; here it is noted that the state was loaded, which compiled code could not find out."""
+        super()._load_from_state_dict(*args, **kwargs)
+        self.awaited = self.awaited and self.untouched
+
     def __setattr__(self, name: str, value: Any) -> None:
         # How transformers loads: it puts a parameter of its own in place of the first. FSDP does so in each pass.
         if name == "weight":

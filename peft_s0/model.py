@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from .alpha import check_alpha, fit_pattern, layer_key
 from .card import tag_model, untag_model
 from .config import S0Config, load_config
-from .injection import CHILD, attach, detach, has_layer, layer_of, unwatch, watch
+from .injection import CHILD, attach, clean, detach, has_layer, layer_of, unwatch, watch
 from .layer import MERGE_ERROR, S0Layer, check_finite, set_alpha_keys
 from .mixers import Mixer, find_mixer, registered_mixers
 from .mixers.refused import looks_recurrent, refused
@@ -546,11 +546,11 @@ class S0Model(BaseTuner):
                 raise ValueError("adapter_names was passed while a StateBank says where each row starts from.")
             names = self._bank_rows if outer is None else None
         rows = None if names is None else self._row_adapters(names, args, kwargs)
-        if rows is None and outer is None:
-            yield
-            return
         handles = []
         try:
+            if rows is None and outer is None:
+                yield
+                return
             self._routing.rows = rows
             # In a call within this call the same hooks find that call's rows.
             if outer is None and self._has_other_modules():
@@ -561,6 +561,10 @@ class S0Model(BaseTuner):
                     if isinstance(module, AuxiliaryTrainingWrapper)
                 ]
             yield
+        except KeyboardInterrupt:
+            # After which torch calls no hooks.
+            clean(self.model)
+            raise
         finally:
             self._routing.rows = outer
             for handle in handles:

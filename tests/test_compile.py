@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 from architectures import Architecture
-from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from test_law import left_pad, packed_arguments
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -142,6 +144,24 @@ def test_train_step(architecture: Architecture) -> None:
     assert graphs() == 1
 
 
+def test_train_step_under_checkpointing(architecture: Architecture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph, if torch may leave out in recomputation what is undone in it anyway; the same gradients."""
+    monkeypatch.setattr(torch._dynamo.config, "skip_fwd_side_effects_in_bwd_under_checkpoint", True)
+    gradients = []
+    for use in (partial(compiled, backend="eager"), lambda model: model):
+        torch.manual_seed(1)
+        model = get_peft_model(architecture.build(), S0Config(init_weights=1.0, alpha=0.7)).train()
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        # PEFT has a hook there that breaks the graph with any adapter.
+        model.get_base_model().disable_input_require_grads()
+        ids, mask, _ = left_pad([torch.arange(3, 10), torch.arange(10, 14)])
+        use(model)(ids, attention_mask=mask, labels=ids, use_cache=False).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    for name, gradient in gradients[1].items():
+        torch.testing.assert_close(gradients[0][name], gradient, atol=1e-6, rtol=1e-5)
+    assert graphs() == 1
+
+
 @torch.no_grad()
 def test_a_compiled_model_follows(tuned: Tuned) -> None:
     """Whatever is switched or written after compilation; what was compiled once is found again."""
@@ -179,6 +199,15 @@ def test_a_compiled_model_follows(tuned: Tuned) -> None:
     assert torch.equal(rows[0], seen[-2][0])
     assert torch.equal(rows[1], seen[1][1])
     assert len({float(logits.sum()) for logits in seen}) == len(seen)
+
+
+@torch.no_grad()
+def test_an_adapter_that_was_loaded(tuned: Tuned, tmp_path: Path) -> None:
+    """One graph, also where nothing ran before it was compiled."""
+    tuned.model.save_pretrained(tmp_path)
+    loaded, ids = PeftModel.from_pretrained(tuned.architecture.build(), tmp_path), tuned.ids(2, 9)
+    assert torch.equal(compiled(loaded, backend="eager")(ids, use_cache=False).logits, tuned.model(ids).logits)
+    assert graphs() == 1
 
 
 @torch.no_grad()

@@ -398,11 +398,27 @@ def test_a_mixer_that_raises_leaves_nothing_frozen(tuned: Tuned, error: type[Bas
         tuned.model(ids, attention_mask=mask)
     for handle in handles:
         handle.remove()
-    if error is RuntimeError:
-        assert all(not layer.calls for layer in tuned.model.base_model.tuner_layers())
-        assert not any(isinstance(module, Tap) for module in tuned.model.modules())
-    # No hook runs after an interrupt from the keyboard: the next call puts the parts back, and no weight is missing
-    # meanwhile.
+    assert all(not layer.calls for layer in tuned.model.base_model.tuner_layers())
+    assert not any(isinstance(module, Tap) for module in tuned.model.modules())
+    assert torch.equal(tuned.model(ids).logits, expected)
+    with tuned.model.disable_adapter():
+        assert torch.equal(tuned.model(ids).logits, tuned.base(ids).logits)
+
+
+def test_an_interrupt_of_the_model_without_peft_around_it(tuned: Tuned) -> None:
+    """No hook runs after an interrupt from the keyboard: the next call puts the parts back, and no weight is missing
+    meanwhile."""
+    ids, mask = tuned.ids(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :4] = 0
+    expected = tuned.model(ids).logits
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    handle = _mixers(tuned)[0].out_proj.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        tuned.model.get_base_model()(ids, attention_mask=mask)
+    handle.remove()
     weights = tuned.base.state_dict()
     assert weights.keys() <= {name.removeprefix("base_model.model.") for name in tuned.model.state_dict()}
     assert torch.equal(tuned.model(ids).logits, expected)
@@ -437,7 +453,7 @@ def test_unload_after_an_interrupt(tuned: Tuned) -> None:
 
     handle = _mixers(tuned)[0].out_proj.register_forward_pre_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
-        tuned.model(ids, attention_mask=mask)
+        tuned.model.get_base_model()(ids, attention_mask=mask)
     handle.remove()
     base = tuned.model.unload()
     assert [type(module) for module in base.modules()] == [type(module) for module in tuned.base.modules()]
