@@ -19,13 +19,17 @@ LLAMA_CPP := $(LLAMA)/src/vendor/llama.cpp
 MLX := .venv-mlx
 RUN_MLX := $(MLX)/bin/python
 
-.PHONY: quickstart test lint ratios kernels site deepspeed llama mlx
+.PHONY: quickstart test environments lint ratios kernels site deepspeed llama mlx
 
 quickstart: $(VENV)/examples
 	$(RUN) examples/quickstart.py
 
-test: $(VENV)/dev $(DEEPSPEED)/installed lint ratios site kernels
+test: environments lint ratios site kernels
 	$(RUN) -m pytest -n 2 --dist loadgroup
+
+# pip keeps one core busy, mostly with compiling what it has installed.
+environments:
+	$(MAKE) --jobs 2 $(VENV)/dev $(DEEPSPEED)/installed $(KERNELS)/kernels $(SITE)/site
 
 kernels: $(KERNELS)/kernels
 	$(RUN_KERNELS) -m pytest -n 2 -p tests.kernels.interpreter tests/kernels
