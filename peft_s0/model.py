@@ -295,17 +295,19 @@ class S0Model(BaseTuner):
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         if merge:
             self._check_merge_allowed()
-        own = [name for name, config in self.peft_config.items() if isinstance(config, S0Config)]
-        if len(own) == len(self.peft_config):
-            super()._unload_and_optionally_merge(False, *args, **kwargs)
-        else:
-            # What other methods have put into the model stays, as S0 stays where they are unloaded or merged.
-            for name, module in list(self.model.named_modules()):
-                if isinstance(module, AuxiliaryTrainingWrapper) and module._get_available_adapters() <= set(own):
-                    parent, _, child = _get_submodules(self.model, name)
-                    setattr(parent, child, module.unload_and_optionally_merge_module(False, False, None))
+        own = {name for name, config in self.peft_config.items() if isinstance(config, S0Config)}
+        # What other methods have put into the model stays, as S0 stays where they are unloaded or merged. PEFT's own
+        # loop would take that away, too, and it cannot put back a module of which tokens are trained.
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, AuxiliaryTrainingWrapper) and module._get_available_adapters() <= own:
+                parent, _, child = _get_submodules(self.model, name)
+                setattr(parent, child, module.unload_and_optionally_merge_module(False, False, None))
+        if len(own) < len(self.peft_config):
             for name in own:
                 del self.peft_config[name]
+        elif "peft_config" in vars(self.model):
+            # As PEFT does it: a model that carries this attribute counts as adapted.
+            del self.model.peft_config
         for module in list(self.model.modules()):
             if has_layer(module):
                 detach(module)

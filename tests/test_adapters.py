@@ -286,6 +286,23 @@ def test_modules_to_save_and_tokens(architecture: Architecture, tmp_path) -> Non
     assert torch.equal(loaded(ids).logits, tuned.model(ids).logits)
 
 
+def test_unload_with_modules_to_save_and_tokens(architecture: Architecture) -> None:
+    """As LoRA does it: tokens are those of the base model again, whole modules stay as they were trained."""
+    tuned = tune(architecture, trainable_token_indices=[5, 7])
+    for name, parameter in tuned.model.named_parameters():
+        if "trainable_tokens" in name:
+            parameter.add_(1.0)
+    ids = torch.full((1, 4), 5)
+    assert not torch.equal(tuned.model(ids).logits, tuned.base(ids).logits)
+    model = tuned.model.unload()
+    assert [name for name, _ in model.named_modules()] == [name for name, _ in tuned.base.named_modules()]
+    assert not hasattr(model, "peft_config")
+    assert torch.equal(model(ids).logits, tuned.base(ids).logits)
+    again = tune(architecture, modules_to_save=["lm_head"]).model
+    head = again.base_model.model.lm_head.modules_to_save["default"]
+    assert again.unload().lm_head is head
+
+
 @pytest.mark.parametrize("name", ["s0", "s0_x", "state"])
 @pytest.mark.filterwarnings("ignore:Adapter name")
 def test_adapter_names_like_the_prefix(architecture: Architecture, name: str, tmp_path) -> None:
