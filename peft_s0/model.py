@@ -591,9 +591,12 @@ class S0Model(BaseTuner):
         return RowAdapters(names, inputs[0].shape[0] if inputs else None)
 
     @classmethod
-    def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """What is saved of an adapter; refused where another process holds it, before anything is written."""
-        found: dict[str, Tensor] = super()._get_adapter_state_dict(*args, **kwargs)
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: S0Config, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """What is saved of an adapter; refused where it is not all here, before anything is written."""
+        _check_beside_states(model, config, adapter_name)
+        found: dict[str, Tensor] = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
         for name, state in found.items():
             if _LEARNT.search(name) and state.numel() == 0:
                 raise ValueError(
@@ -801,6 +804,27 @@ def check_fit(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tenso
             raise ValueError(f"The state '{name}' has dtype {state.dtype}, expected a floating-point dtype.")
         if values:
             check_finite(name, state)
+
+
+def _check_beside_states(model: nn.Module, config: S0Config, adapter_name: str) -> None:
+    """Refuse an adapter whose modules or tokens are gone: PEFT takes away those of all methods when one is unloaded.
+
+    Raises:
+        ValueError: naming the field and what to do.
+    """
+    modules = tuple(config.modules_to_save or ())
+    # Of modules PEFT passes over names that are not there, such as those that it adds itself for a classifier.
+    expected = config.trainable_token_indices or any(name.endswith(modules) for name, _ in model.named_modules())
+    if not expected or any(
+        isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._get_available_adapters()
+        for module in model.modules()
+    ):
+        return
+    field = "modules_to_save" if modules else "trainable_token_indices"
+    raise ValueError(
+        f"Adapter '{adapter_name}' has {field}={getattr(config, field)!r}, of which this model no longer holds what "
+        "was trained: unload() and merge_and_unload() of another method take it away. Save the adapter before that."
+    )
 
 
 def _check_other_weights(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
