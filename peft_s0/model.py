@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -351,16 +353,14 @@ class S0Model(BaseTuner):
 
         Raises:
             ValueError: for unknown names, lists of different lengths, a name that is taken, another combination type,
-                adapters that do not cover the same layers, or that train more than states.
+                weights that are no finite numbers or too large for a finite sum, adapters that do not cover the same
+                layers, or that train more than states. The model is then as it was.
         """
         if combination_type != "linear":
             raise ValueError(f"States combine by combination_type='linear' only, got {combination_type!r}.")
         if adapter_name in self.peft_config:
             raise ValueError(f"Adapter '{adapter_name}' exists already; choose another name or delete it first.")
-        if len(adapters) != len(weights) or not adapters:
-            raise ValueError(
-                f"Pass one weight for each adapter, got {len(adapters)} adapters and {len(weights)} weights."
-            )
+        check_weights(adapters, weights)
         own = {name: config for name, config in self.peft_config.items() if isinstance(config, S0Config)}
         unknown = sorted(set(adapters) - set(own))
         if unknown:
@@ -400,7 +400,13 @@ class S0Model(BaseTuner):
                         for name, weight in zip(adapters, weights, strict=True)
                         if kind in layer.learnt_tensors(name)
                     ]
-                    learnt.load_state_dict({"weight": torch.stack(parts).sum(0)})
+                    total = torch.stack(parts).sum(0)
+                    try:
+                        check_sum(total, weights)
+                    except ValueError:
+                        self.delete_adapter(adapter_name)
+                        raise
+                    learnt.load_state_dict({"weight": total})
 
     def set_alpha(self, alpha: float | Mapping[str, float], adapter_name: str | None = None) -> None:
         """Change the scale of an adapter's states, at once and in what is saved.
@@ -804,6 +810,29 @@ def check_fit(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tenso
             raise ValueError(f"The state '{name}' has dtype {state.dtype}, expected a floating-point dtype.")
         if values:
             check_finite(name, state)
+
+
+def check_weights(adapters: Sequence[Any], weights: Sequence[Any]) -> None:
+    """Refuse what is no sum of adapters.
+
+    Raises:
+        ValueError: if there are no adapters, or not one finite number for each.
+    """
+    if len(adapters) != len(weights) or not adapters:
+        raise ValueError(f"Pass one weight for each adapter, got {len(adapters)} adapters and {len(weights)} weights.")
+    for weight in weights:
+        if not isinstance(weight, Real) or isinstance(weight, bool) or not math.isfinite(weight):
+            raise ValueError(f"A weight must be a finite number, got {weight!r}.")
+
+
+def check_sum(total: Tensor, weights: Sequence[float]) -> None:
+    """Refuse a weighted sum of finite states that float32 cannot hold.
+
+    Raises:
+        ValueError: naming the weights.
+    """
+    if not bool(total.float().isfinite().all()):
+        raise ValueError(f"The sum of the states is not finite in float32 with the weights {list(weights)}: too large.")
 
 
 def _check_beside_states(model: nn.Module, config: S0Config, adapter_name: str) -> None:

@@ -92,6 +92,10 @@ def test_weighted_adapter(tuned: Tuned) -> None:
             r"Unknown adapters \['other'\]; this model has \['default', 'few', 'tokens', 'whole'\]",
         ),
         ((["default"], [1.0, 1.0], "soup"), "1 adapters and 2 weights"),
+        ((["default"], [float("nan")], "soup"), "A weight must be a finite number, got nan"),
+        ((["default"], ["x"], "soup"), "A weight must be a finite number, got 'x'"),
+        ((["default"], [None], "soup"), "A weight must be a finite number, got None"),
+        ((["default"], [1e40], "soup"), r"not finite in float32 with the weights \[1e\+40\]: too large"),
         ((["default"], [1.0], "default"), "exists already"),
         ((["default"], [1.0], "soup", "svd"), "'linear' only, got 'svd'"),
         ((["default", "few"], [1.0, 1.0], "soup"), "do not cover the same layers"),
@@ -107,6 +111,7 @@ def test_weighted_adapter_errors(tuned: Tuned, arguments: tuple, message: str) -
     with pytest.raises(ValueError, match=message):
         tuned.model.base_model.add_weighted_adapter(*arguments)
     assert list(tuned.model.peft_config) == names
+    assert not any("soup" in name for name in tuned.model.state_dict())
 
 
 @pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted")
