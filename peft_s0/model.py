@@ -835,6 +835,11 @@ def check_sum(total: Tensor, weights: Sequence[float]) -> None:
         raise ValueError(f"The sum of the states is not finite in float32 with the weights {list(weights)}: too large.")
 
 
+def is_learnt(name: str) -> bool:
+    """Whether a name in a file is that of a state, an offset or a learnt alpha, however it is stored."""
+    return _LEARNT.search(name) is not None
+
+
 def _check_beside_states(model: nn.Module, config: S0Config, adapter_name: str) -> None:
     """Refuse an adapter whose modules or tokens are gone: PEFT takes away those of all methods when one is unloaded.
 
