@@ -434,8 +434,8 @@ class S0Model(BaseTuner):
             layers = self._layers_of(adapter_name)
             for name, value in alpha.items():
                 check_alpha(f"set_alpha: the alpha of '{name}'", value)
-            own = match_names(alpha, layers)
-            unknown = sorted(name for name in own if own[name] not in layers)
+            own = match_names((name for name in alpha if isinstance(name, str)), layers)
+            unknown = [name for name in alpha if own.get(name) not in layers]
             if unknown:
                 raise ValueError(
                     f"set_alpha: unknown layers {unknown}; adapter '{adapter_name}' has {_shortened(layers)}."
@@ -519,9 +519,7 @@ class S0Model(BaseTuner):
                 `trainable_token_indices`.
                 The adapter is then as it was.
         """
-        if adapter_name not in self.peft_config:
-            raise ValueError(f"Unknown adapter '{adapter_name}'; this model has {sorted(self.peft_config)}.")
-        current = cast(S0Config, self.peft_config[adapter_name])
+        current = cast(S0Config, self.peft_config[self._one_adapter(adapter_name)])
         config = self._prepare_adapter_config(load_config(model_id, **kwargs), self.get_model_config(self.model))
         for field in ("rank", "variant", "learn_alpha", "modules_to_save", "trainable_token_indices"):
             expected, found = getattr(current, field), getattr(config, field)

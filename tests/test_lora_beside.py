@@ -283,6 +283,8 @@ def test_names(both: Both) -> None:
         both.s0.delete_adapter("matrices")
     with pytest.raises(ValueError, match=r"Unknown adapters \['matrices'\]; this model has \['states'\]"):
         both.s0.add_weighted_adapter(["states", "matrices"], [0.5, 0.5], "soup")
+    with pytest.raises(ValueError, match=r"Unknown adapter 'matrices'; this model has \['states'\]"):
+        both.s0.hotswap_adapter("anywhere", "matrices")
     assert set(both.model.peft_config) == {"states", "matrices"}
 
 
