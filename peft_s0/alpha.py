@@ -35,9 +35,15 @@ def check_pattern(pattern: Any) -> None:
         raise ValueError(f"S0Config: alpha_pattern must be a dict from names of mixers to alphas, got {pattern!r}.")
     for key, alpha in pattern.items():
         try:
-            re.compile(key)
+            flags = re.compile(key).flags
         except re.error as error:
             raise ValueError(f"S0Config: alpha_pattern has {key!r}, which is no regular expression: {error}.") from None
+        if flags != re.UNICODE:
+            # What is matched is a longer expression, with the key at its end.
+            raise ValueError(
+                f"S0Config: alpha_pattern has {key!r}, whose flags could only stand in front of a whole name's "
+                "expression. Put them into a group, such as (?i:...)."
+            )
         check_alpha(f"S0Config: alpha_pattern[{key!r}]", alpha)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, cast
 
 from huggingface_hub import ModelCard, ModelCardData
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from .storage import contents, is_state
 
@@ -83,12 +84,14 @@ def update_model_card(
         earlier: metadata whose tags and base model are to be kept; saving with PEFT puts its own in their place.
 
     Raises:
-        ValueError: if there is no S0 adapter in the folder.
+        ValueError: if there is no S0 adapter in the folder that can be read; further ones are passed over then.
     """
     folder = Path(folder)
     adapters = _find_adapters(folder)
     if not adapters:
-        raise ValueError(f"'{folder}' holds no S0 adapter, so there is nothing for its model card to say.")
+        raise ValueError(
+            f"'{folder}' holds no S0 adapter that can be read, so there is nothing for its model card to say."
+        )
     file = folder / CARD_NAME
     card = ModelCard.load(file) if file.exists() else ModelCard("---\nlibrary_name: peft\n---\n")
     _update_metadata(cast(ModelCardData, card.data), adapters[0].base, earlier or ModelCardData())
@@ -100,11 +103,21 @@ def update_card_of_peft(folder: Path) -> None:
     """Call `update_model_card` if PEFT has written a card for the adapter in a folder.
 
     PEFT puts an adapter of another name than "default" into a folder below the one that its card is in.
+
+    Warns:
+        UserWarning: if that fails. Whatever lies in the folder, saving goes on: there may be further adapters to save.
     """
     for place in (folder, folder.parent):
         file = place / CARD_NAME
         if file.exists() and "\nlibrary_name: peft\n" in file.read_text(encoding="utf-8"):
-            update_model_card(place)
+            try:
+                update_model_card(place)
+            except Exception as error:
+                warnings.warn(
+                    f"The adapter is saved, but its section of the model card '{file}' is not up to date "
+                    f"({type(error).__name__}: {error}). Write it with peft_s0.update_model_card('{place}').",
+                    stacklevel=3,
+                )
             return
 
 
@@ -165,10 +178,12 @@ def _find_adapters(folder: Path) -> list[_Adapter]:
     below = sorted(path for path in folders if not (path / CARD_NAME).exists())
     adapters = []
     for place in (folder, *below):
-        file = place / CONFIG_NAME
-        config = json.loads(file.read_text()) if file.exists() else {}
-        if config.get("peft_type") == "S0":
-            adapters.append(_Adapter(str(place.relative_to(folder)), config, *_measure(place)))
+        try:
+            config = json.loads((place / CONFIG_NAME).read_text(encoding="utf-8"))
+            if isinstance(config, dict) and config.get("peft_type") == "S0":
+                adapters.append(_Adapter(str(place.relative_to(folder)), config, *_measure(place)))
+        except (OSError, ValueError, SafetensorError):
+            continue  # no adapter, or one that cannot be loaded either
     return adapters
 
 

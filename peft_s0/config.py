@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 from huggingface_hub import file_exists, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
 from safetensors import SafetensorError, safe_open
 
@@ -194,6 +195,9 @@ class S0Config(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
+        for name in ("modules_to_save", "trainable_token_indices"):
+            # As they are read from a file.
+            setattr(self, name, _listed(getattr(self, name)))
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError("S0Config: layers_pattern counts for nothing without layers_to_transform; set both.")
         for name in ("alpha", "train_alpha", "l2_lambda"):
@@ -203,8 +207,9 @@ class S0Config(PeftConfig):
             check_alpha(f"S0Config: {name}", value)
         self.alpha_pattern = {} if self.alpha_pattern is None else self.alpha_pattern
         check_pattern(self.alpha_pattern)
-        if not isinstance(self.learn_alpha, bool):
-            raise ValueError(f"S0Config: learn_alpha must be True or False, got {self.learn_alpha!r}.")
+        for name in ("learn_alpha", "normalize"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"S0Config: {name} must be True or False, got {getattr(self, name)!r}.")
         if self.learn_alpha and self.train_alpha is not None:
             raise ValueError(
                 f"S0Config: learn_alpha=True learns the scale that is used, and train_alpha={self.train_alpha} would "
@@ -262,6 +267,27 @@ class S0Config(PeftConfig):
             warnings.warn("ephemeral_gpu_offload is ignored: S0 computes nothing with offloaded weights.", stacklevel=3)
         vars(config)["awaits_states"] = True
         return config
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """Read the fields of a config from its file.
+
+        Raises:
+            ValueError: if it is no JSON object, or one of a method that PEFT does not know; the message names the file.
+        """
+        try:
+            fields: Any = super().from_json_file(path_json_file, **kwargs)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"'{path_json_file}' is no JSON object ({error}). Copy the adapter again.") from error
+        if not isinstance(fields, dict):
+            raise ValueError(f"'{path_json_file}' must hold a JSON object, found a {type(fields).__name__}.")
+        method = fields.get("peft_type", "S0")
+        if method not in list(PEFT_TYPE_TO_CONFIG_MAPPING):
+            raise ValueError(
+                f"'{path_json_file}' is of an adapter of the method {method!r}, which this PEFT does not know; "
+                "expected 'S0'."
+            )
+        return fields
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save the config; store the states that are in the folder as it says; add the section on S0 to PEFT's card.
@@ -333,6 +359,13 @@ def load_config(model_id: str | Path, **kwargs: Any) -> S0Config:
     if not isinstance(config, S0Config):
         raise ValueError(f"'{model_id}' holds an adapter of the method {config.peft_type!s}, expected S0.")
     return config
+
+
+def _listed(value: Any) -> Any:
+    """Tuples as lists, also in a dict."""
+    if isinstance(value, dict):
+        return {key: _listed(entry) for key, entry in value.items()}
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _is_number(value: Any) -> bool:

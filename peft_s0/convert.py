@@ -32,7 +32,7 @@ from .layer import S0Layer
 from .mixers import Family, gated_delta_rule, mamba2
 from .model import check_fit, recurrent_mixers
 from .naming import shared_name
-from .skeleton import load_without_weights, without_weights
+from .skeleton import check_states_alone, load_without_weights, without_weights
 
 Base = PreTrainedModel | str | Path
 
@@ -130,7 +130,7 @@ def import_s0_tuning(
         base,
         {layers[index].name: state for index, state in states.items()},
         S0Config(
-            task_type="CAUSAL_LM",
+            task_type=_task_of(base),
             alpha=config.get("alpha"),
             train_alpha=1.0,
             normalize=config.get("normalize", False),
@@ -240,7 +240,7 @@ def import_rwkv(
         overwrite,
         base,
         {layers[index].name: state.float().transpose(1, 2).contiguous() for index, state in states.items()},
-        S0Config(task_type="CAUSAL_LM", alpha=1.0, l2_lambda=0.0),
+        S0Config(task_type=_task_of(base), alpha=1.0, l2_lambda=0.0),
         {},
     )
 
@@ -483,7 +483,13 @@ def _load(adapter: str | Path, base_model: Base | None, trust_remote_code: bool,
             f"'{adapter}' has modules_to_save or trainable_token_indices, for which this format has no place: its "
             "states alone would be another adapter."
         )
+    check_states_alone(adapter, **options)
     return load_without_weights(adapter, base_model, trust_remote_code, **options)
+
+
+def _task_of(base: PreTrainedModel) -> str | None:
+    """The task that PEFT is told of: its class for language models takes only those that generate."""
+    return "CAUSAL_LM" if base.can_generate() else None
 
 
 def _tuned_layers(model: PeftModel) -> dict[str, S0Layer]:

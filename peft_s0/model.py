@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -295,17 +297,19 @@ class S0Model(BaseTuner):
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         if merge:
             self._check_merge_allowed()
-        own = [name for name, config in self.peft_config.items() if isinstance(config, S0Config)]
-        if len(own) == len(self.peft_config):
-            super()._unload_and_optionally_merge(False, *args, **kwargs)
-        else:
-            # What other methods have put into the model stays, as S0 stays where they are unloaded or merged.
-            for name, module in list(self.model.named_modules()):
-                if isinstance(module, AuxiliaryTrainingWrapper) and module._get_available_adapters() <= set(own):
-                    parent, _, child = _get_submodules(self.model, name)
-                    setattr(parent, child, module.unload_and_optionally_merge_module(False, False, None))
+        own = {name for name, config in self.peft_config.items() if isinstance(config, S0Config)}
+        # What other methods have put into the model stays, as S0 stays where they are unloaded or merged. PEFT's own
+        # loop would take that away, too, and it cannot put back a module of which tokens are trained.
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, AuxiliaryTrainingWrapper) and module._get_available_adapters() <= own:
+                parent, _, child = _get_submodules(self.model, name)
+                setattr(parent, child, module.unload_and_optionally_merge_module(False, False, None))
+        if len(own) < len(self.peft_config):
             for name in own:
                 del self.peft_config[name]
+        elif "peft_config" in vars(self.model):
+            # As PEFT does it: a model that carries this attribute counts as adapted.
+            del self.model.peft_config
         for module in list(self.model.modules()):
             if has_layer(module):
                 detach(module)
@@ -349,16 +353,14 @@ class S0Model(BaseTuner):
 
         Raises:
             ValueError: for unknown names, lists of different lengths, a name that is taken, another combination type,
-                adapters that do not cover the same layers, or that train more than states.
+                weights that are no finite numbers or too large for a finite sum, adapters that do not cover the same
+                layers, or that train more than states. The model is then as it was.
         """
         if combination_type != "linear":
             raise ValueError(f"States combine by combination_type='linear' only, got {combination_type!r}.")
         if adapter_name in self.peft_config:
             raise ValueError(f"Adapter '{adapter_name}' exists already; choose another name or delete it first.")
-        if len(adapters) != len(weights) or not adapters:
-            raise ValueError(
-                f"Pass one weight for each adapter, got {len(adapters)} adapters and {len(weights)} weights."
-            )
+        check_weights(adapters, weights)
         own = {name: config for name, config in self.peft_config.items() if isinstance(config, S0Config)}
         unknown = sorted(set(adapters) - set(own))
         if unknown:
@@ -398,7 +400,13 @@ class S0Model(BaseTuner):
                         for name, weight in zip(adapters, weights, strict=True)
                         if kind in layer.learnt_tensors(name)
                     ]
-                    learnt.load_state_dict({"weight": torch.stack(parts).sum(0)})
+                    total = torch.stack(parts).sum(0)
+                    try:
+                        check_sum(total, weights)
+                    except ValueError:
+                        self.delete_adapter(adapter_name)
+                        raise
+                    learnt.load_state_dict({"weight": total})
 
     def set_alpha(self, alpha: float | Mapping[str, float], adapter_name: str | None = None) -> None:
         """Change the scale of an adapter's states, at once and in what is saved.
@@ -426,8 +434,8 @@ class S0Model(BaseTuner):
             layers = self._layers_of(adapter_name)
             for name, value in alpha.items():
                 check_alpha(f"set_alpha: the alpha of '{name}'", value)
-            own = match_names(alpha, layers)
-            unknown = sorted(name for name in own if own[name] not in layers)
+            own = match_names((name for name in alpha if isinstance(name, str)), layers)
+            unknown = [name for name in alpha if own.get(name) not in layers]
             if unknown:
                 raise ValueError(
                     f"set_alpha: unknown layers {unknown}; adapter '{adapter_name}' has {_shortened(layers)}."
@@ -511,9 +519,7 @@ class S0Model(BaseTuner):
                 `trainable_token_indices`.
                 The adapter is then as it was.
         """
-        if adapter_name not in self.peft_config:
-            raise ValueError(f"Unknown adapter '{adapter_name}'; this model has {sorted(self.peft_config)}.")
-        current = cast(S0Config, self.peft_config[adapter_name])
+        current = cast(S0Config, self.peft_config[self._one_adapter(adapter_name)])
         config = self._prepare_adapter_config(load_config(model_id, **kwargs), self.get_model_config(self.model))
         for field in ("rank", "variant", "learn_alpha", "modules_to_save", "trainable_token_indices"):
             expected, found = getattr(current, field), getattr(config, field)
@@ -593,9 +599,12 @@ class S0Model(BaseTuner):
         return RowAdapters(names, inputs[0].shape[0] if inputs else None)
 
     @classmethod
-    def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """What is saved of an adapter; refused where another process holds it, before anything is written."""
-        found: dict[str, Tensor] = super()._get_adapter_state_dict(*args, **kwargs)
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: S0Config, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """What is saved of an adapter; refused where it is not all here, before anything is written."""
+        _check_beside_states(model, config, adapter_name)
+        found: dict[str, Tensor] = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
         for name, state in found.items():
             if _LEARNT.search(name) and state.numel() == 0:
                 raise ValueError(
@@ -803,6 +812,55 @@ def check_fit(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tenso
             raise ValueError(f"The state '{name}' has dtype {state.dtype}, expected a floating-point dtype.")
         if values:
             check_finite(name, state)
+
+
+def check_weights(adapters: Sequence[Any], weights: Sequence[Any]) -> None:
+    """Refuse what is no sum of adapters.
+
+    Raises:
+        ValueError: if there are no adapters, or not one finite number for each.
+    """
+    if len(adapters) != len(weights) or not adapters:
+        raise ValueError(f"Pass one weight for each adapter, got {len(adapters)} adapters and {len(weights)} weights.")
+    for weight in weights:
+        if not isinstance(weight, Real) or isinstance(weight, bool) or not math.isfinite(weight):
+            raise ValueError(f"A weight must be a finite number, got {weight!r}.")
+
+
+def check_sum(total: Tensor, weights: Sequence[float]) -> None:
+    """Refuse a weighted sum of finite states that float32 cannot hold.
+
+    Raises:
+        ValueError: naming the weights.
+    """
+    if not bool(total.float().isfinite().all()):
+        raise ValueError(f"The sum of the states is not finite in float32 with the weights {list(weights)}: too large.")
+
+
+def is_learnt(name: str) -> bool:
+    """Whether a name in a file is that of a state, an offset or a learnt alpha, however it is stored."""
+    return _LEARNT.search(name) is not None
+
+
+def _check_beside_states(model: nn.Module, config: S0Config, adapter_name: str) -> None:
+    """Refuse an adapter whose modules or tokens are gone: PEFT takes away those of all methods when one is unloaded.
+
+    Raises:
+        ValueError: naming the field and what to do.
+    """
+    modules = tuple(config.modules_to_save or ())
+    # Of modules PEFT passes over names that are not there, such as those that it adds itself for a classifier.
+    expected = config.trainable_token_indices or any(name.endswith(modules) for name, _ in model.named_modules())
+    if not expected or any(
+        isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._get_available_adapters()
+        for module in model.modules()
+    ):
+        return
+    field = "modules_to_save" if modules else "trainable_token_indices"
+    raise ValueError(
+        f"Adapter '{adapter_name}' has {field}={getattr(config, field)!r}, of which this model no longer holds what "
+        "was trained: unload() and merge_and_unload() of another method take it away. Save the adapter before that."
+    )
 
 
 def _check_other_weights(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:

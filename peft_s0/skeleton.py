@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from .config import load_config
+from .config import find_states, load_config
+from .model import is_learnt
+from .storage import contents
 
 
 def without_weights(base_model: PreTrainedModel | str | Path, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -57,7 +59,8 @@ def load_without_weights(
         options: `subfolder`, `revision`, `token` and the like, for the adapter on the Hub.
 
     Returns:
-        A model in eval mode whose only adapter is "default".
+        A model in eval mode whose only adapter is "default". It has what is learnt of the recurrent layers; whole
+        modules, tokens and embeddings that the adapter may have besides would need the weights.
 
     Raises:
         ValueError: if it is no S0 adapter, does not fit the model, or does not name one.
@@ -66,5 +69,29 @@ def load_without_weights(
     base_model = base_model or config.base_model_name_or_path
     if not base_model:
         raise ValueError(f"'{adapter}' does not say which base model it is for; name the base model.")
-    base = without_weights(base_model, trust_remote_code)
-    return PeftModel.from_pretrained(base, str(adapter), config=config, **options).eval()
+    config.inference_mode = True
+    config.task_type = config.modules_to_save = config.trainable_token_indices = None
+    model = PeftModel(without_weights(base_model, trust_remote_code), config)
+    weights = load_peft_weights(str(adapter), device="cpu", **options)
+    set_peft_model_state_dict(model, {name: weight for name, weight in weights.items() if is_learnt(name)})
+    return model.eval()
+
+
+def check_states_alone(adapter: str | Path, **options: Any) -> None:
+    """Refuse a saved adapter with more in its file than what is learnt of the recurrent layers.
+
+    Args:
+        adapter: folder or Hub id of the adapter.
+        options: see `load_without_weights`.
+
+    Raises:
+        ValueError: naming what else there is; see also `find_states`.
+    """
+    file = find_states(str(adapter), **options)
+    others = [] if file is None else sorted(name for name in contents(file) if not is_learnt(name))
+    if others:
+        raise ValueError(
+            f"'{adapter}' holds '{others[0]}' beside its states, for which there is no place: its states alone would "
+            "be another adapter. If they are the base model's own embeddings, leave them out by "
+            "save_pretrained(..., save_embedding_layers=False)."
+        )

@@ -5,7 +5,6 @@ A model is not needed: the states of a sum are the sum of the states.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
@@ -23,7 +22,7 @@ from .config import S0Config, check_readable, find_states, load_config
 from .convert import ADAPTER_FILES
 from .files import check_place, new_folder
 from .injection import CHILD
-from .model import check_fit
+from .model import check_fit, check_sum, check_weights
 from .naming import match_names
 from .storage import decode
 
@@ -80,10 +79,10 @@ def soup(
 
     Raises:
         FileExistsError: if `output` exists and may not be replaced.
-        ValueError: for no adapters, weights that are not one finite number for each, files that are refused as they
-            would be in loading, and adapters that have no sum: of different base models, layers, shapes, variants or
-            scales, with `rank`, `normalize` or `learn_alpha`, or with more in them than states. Nothing is written
-            then.
+        ValueError: for no adapters, weights that are not one finite number for each or too large for a finite sum,
+            files that are refused as they would be in loading, and adapters that have no sum: of different base models,
+            layers, shapes, variants or scales, with `rank`, `normalize` or `learn_alpha`, or with more in them than
+            states. Nothing is written then.
 
     Example:
         >>> soup(["right", "one-line"], [0.7, 0.3], "mixture")
@@ -91,11 +90,7 @@ def soup(
     if isinstance(adapters, (str, Path)) or not adapters:
         raise ValueError(f"soup: pass a list of adapters, one at least, got {adapters!r}.")
     weights = [1 / len(adapters)] * len(adapters) if weights is None else list(weights)
-    if len(weights) != len(adapters):
-        raise ValueError(f"soup: pass one weight for each adapter, got {len(adapters)} and {len(weights)}.")
-    for weight in weights:
-        if not isinstance(weight, (int, float)) or not math.isfinite(weight):
-            raise ValueError(f"soup: a weight must be a finite number, got {weight!r}.")
+    check_weights(adapters, weights)
     check_place(output, overwrite, ADAPTER_FILES)
     names = [str(adapter) for adapter in adapters]
     first = _read_config(names[0], kwargs)
@@ -114,6 +109,8 @@ def soup(
             raise ValueError(f"soup: '{name}' has no sum with '{names[0]}': {error}") from error
         for key, state in states.items():
             total[key] += weight * state.double()
+    for state in total.values():
+        check_sum(state, weights)
     config = replace(first, init_weights=True, init_prompt=None, tokenizer_name_or_path=None, inference_mode=True)
     with new_folder(output, overwrite, ADAPTER_FILES) as folder:
         states = {key: state.float() for key, state in total.items()}

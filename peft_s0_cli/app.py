@@ -66,6 +66,15 @@ class Dtype(str, Enum):
     BFLOAT16 = "bfloat16"
 
 
+class ModelDtype(str, Enum):
+    """What a base model's weights are loaded in."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
 Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder or Hub id of a saved S0 adapter.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Where to write.", show_default=False)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
@@ -438,7 +447,7 @@ def calibrate(
     per_layer: Annotated[int, typer.Option(help="Passes over single layers afterwards.", min=0)] = 0,
     batch_size: Annotated[int, typer.Option(help="Rows at a time.", min=1)] = 8,
     max_length: Annotated[int, typer.Option(help="Tokens of a row that count.", min=1)] = 2048,
-    dtype: Annotated[str, typer.Option(help="Of the base model's weights.")] = "auto",
+    dtype: Annotated[ModelDtype, typer.Option(help="Of the base model's weights.")] = ModelDtype.AUTO,
     plot: Annotated[Path | None, typer.Option(help="Draw the loss over alpha; a file.")] = None,
     as_json: AsJson = False,
     overwrite: Overwrite = False,
@@ -462,6 +471,8 @@ def calibrate(
 
     if output is not None:
         check_place(output, overwrite, ADAPTER_FILES)
+    if plot is not None and not plot.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--plot {plot}: there is no folder '{plot.parent}' to draw into.")
     options = _hub_options(revision, subfolder)
     model, found = calibration.calibrate(
         adapter,
@@ -472,15 +483,16 @@ def calibrate(
         per_layer,
         batch_size,
         max_length,
-        dtype,
+        dtype.value,
         trust_remote_code,
         options,
     )
-    if plot is not None:
-        found.plot(plot)
+    # The picture last: whatever keeps it from being drawn, nothing that was computed is lost.
     if output is not None:
         calibration.save(model, output, overwrite)
     typer.echo(found.to_json() if as_json else str(found))
+    if plot is not None:
+        found.plot(plot)
 
 
 _SERVE = """
@@ -517,7 +529,7 @@ def serve(
         int | None,
         typer.Option(help="Tokens of a prompt and its answer. Default: what the model's config says.", min=2),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Of the base model's weights.")] = "auto",
+    dtype: Annotated[ModelDtype, typer.Option(help="Of the base model's weights.")] = ModelDtype.AUTO,
     trust_remote_code: Trust = False,
 ) -> None:
     """Serve many adapters of one model over HTTP, as OpenAI's API has it; the model's name selects the task.
@@ -541,7 +553,7 @@ def serve(
         places |= serving.find_tasks(tasks, places)
     app_name = name or base_model.rstrip("/").rpartition("/")[2]
     engine = serving.make_engine(
-        base_model, places, app_name, capacity, rows, queue, max_length, dtype, trust_remote_code
+        base_model, places, app_name, capacity, rows, queue, max_length, dtype.value, trust_remote_code
     )
     serving.run(engine, app_name, host, port)
 

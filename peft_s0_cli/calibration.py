@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetsError
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]
@@ -16,6 +17,9 @@ from peft_s0.calibrate import Calibration, calibrate_alpha
 from peft_s0.config import load_config
 from peft_s0.convert import ADAPTER_FILES
 from peft_s0.files import new_folder
+
+# The fields of a row that TRL makes tokens of, any of these; the last are its tokens.
+_FIELDS = ({"prompt", "completion"}, {"messages"}, {"conversations"}, {"text"}, {"input_ids"})
 
 
 def calibrate(
@@ -37,9 +41,11 @@ def calibrate(
         The model, with the alpha that was chosen, and what was tried.
 
     Raises:
-        ValueError: for an adapter that names no base model, and see `calibrate_alpha`.
+        ValueError: for an adapter that names no base model or does not fit it, for data without rows or with other
+            fields, and see `calibrate_alpha`.
     """
     config = load_config(adapter, **options)
+    examples = _load(data, split)
     base_model = base_model or config.base_model_name_or_path
     if not base_model:
         raise ValueError(f"'{adapter}' does not say which base model it is for; name the base model.")
@@ -47,15 +53,35 @@ def calibrate(
         base_model, dtype=dtype, device_map="auto", trust_remote_code=trust_remote_code
     )
     tokenizer = AutoTokenizer.from_pretrained(base_model, trust_remote_code=trust_remote_code)
-    model = PeftModel.from_pretrained(base, adapter, **options)
-    rows = _tokenized(model, tokenizer, _load(data, split), max_length)
+    try:
+        model = PeftModel.from_pretrained(base, adapter, **options)
+    except RuntimeError as error:
+        # torch's words for weights beside the states, such as the embeddings of a vocabulary that was resized.
+        raise ValueError(f"'{adapter}' does not fit the base model '{base_model}': {error}") from error
+    rows = _tokenized(model, tokenizer, examples, max_length)
     return model, calibrate_alpha(model, rows, grid, per_layer=per_layer, batch_size=batch_size)
 
 
 def _load(data: str, split: str) -> Dataset:
-    if Path(data).suffix in (".json", ".jsonl"):
-        return load_dataset("json", data_files=data, split="train")
-    return load_dataset(data, split=split)
+    """The rows of a file or of a dataset on the Hub.
+
+    Raises:
+        ValueError: if there are none that can be read, or none that TRL makes tokens of.
+    """
+    try:
+        if Path(data).suffix in (".json", ".jsonl"):
+            rows = load_dataset("json", data_files=data, split="train")
+        else:
+            rows = load_dataset(data, split=split)
+    except (DatasetsError, ValueError, StopIteration) as error:
+        reason = str(error.__cause__ or error) or "it is empty"
+        raise ValueError(f"'{data}' has no rows that can be read: {reason}") from error
+    if not any(fields <= set(rows.column_names) for fields in _FIELDS):
+        raise ValueError(
+            f"The rows of '{data}' have the fields {rows.column_names}, expected 'prompt' and 'completion', 'messages' "
+            "or 'text'."
+        )
+    return rows
 
 
 def _tokenized(model: PeftModel, tokenizer: PreTrainedTokenizerBase, data: Dataset, max_length: int) -> Any:

@@ -92,6 +92,10 @@ def test_weighted_adapter(tuned: Tuned) -> None:
             r"Unknown adapters \['other'\]; this model has \['default', 'few', 'tokens', 'whole'\]",
         ),
         ((["default"], [1.0, 1.0], "soup"), "1 adapters and 2 weights"),
+        ((["default"], [float("nan")], "soup"), "A weight must be a finite number, got nan"),
+        ((["default"], ["x"], "soup"), "A weight must be a finite number, got 'x'"),
+        ((["default"], [None], "soup"), "A weight must be a finite number, got None"),
+        ((["default"], [1e40], "soup"), r"not finite in float32 with the weights \[1e\+40\]: too large"),
         ((["default"], [1.0], "default"), "exists already"),
         ((["default"], [1.0], "soup", "svd"), "'linear' only, got 'svd'"),
         ((["default", "few"], [1.0, 1.0], "soup"), "do not cover the same layers"),
@@ -107,6 +111,7 @@ def test_weighted_adapter_errors(tuned: Tuned, arguments: tuple, message: str) -
     with pytest.raises(ValueError, match=message):
         tuned.model.base_model.add_weighted_adapter(*arguments)
     assert list(tuned.model.peft_config) == names
+    assert not any("soup" in name for name in tuned.model.state_dict())
 
 
 @pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted")
@@ -284,6 +289,23 @@ def test_modules_to_save_and_tokens(architecture: Architecture, tmp_path) -> Non
     loaded = PeftModel.from_pretrained(architecture.build(), tmp_path)
     ids = tuned.ids(2, 9)
     assert torch.equal(loaded(ids).logits, tuned.model(ids).logits)
+
+
+def test_unload_with_modules_to_save_and_tokens(architecture: Architecture) -> None:
+    """As LoRA does it: tokens are those of the base model again, whole modules stay as they were trained."""
+    tuned = tune(architecture, trainable_token_indices=[5, 7])
+    for name, parameter in tuned.model.named_parameters():
+        if "trainable_tokens" in name:
+            parameter.add_(1.0)
+    ids = torch.full((1, 4), 5)
+    assert not torch.equal(tuned.model(ids).logits, tuned.base(ids).logits)
+    model = tuned.model.unload()
+    assert [name for name, _ in model.named_modules()] == [name for name, _ in tuned.base.named_modules()]
+    assert not hasattr(model, "peft_config")
+    assert torch.equal(model(ids).logits, tuned.base(ids).logits)
+    again = tune(architecture, modules_to_save=["lm_head"]).model
+    head = again.base_model.model.lm_head.modules_to_save["default"]
+    assert again.unload().lm_head is head
 
 
 @pytest.mark.parametrize("name", ["s0", "s0_x", "state"])

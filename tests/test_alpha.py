@@ -120,6 +120,7 @@ def test_every_class_has_the_alphas_of_every_other(name: str, tmp_path: Path) ->
         ({"linear_attn": math.nan}, r"alpha_pattern\['linear_attn'\] must be"),
         ({"linear_attn": True}, r"alpha_pattern\['linear_attn'\] must be"),
         ({"(": 1.0}, r"alpha_pattern has '\(', which is no regular expression: missing \)"),
+        ({"(?i)LAYERS.0": 1.0}, r"has '\(\?i\)LAYERS.0', whose flags could only stand .* into a group, such as \(\?i:"),
         ({3: 1.0}, r"must be a dict from names of mixers to alphas, got \{3: 1.0\}"),
         (["linear_attn"], r"must be a dict from names of mixers to alphas, got \['linear_attn'\]"),
     ],
@@ -225,6 +226,7 @@ def test_set_alpha_refuses(tuned: Tuned) -> None:
         (-1.0, "set_alpha: alpha must be a finite number >= 0, got -1.0"),
         (math.inf, "set_alpha: alpha must be"),
         ("1", "set_alpha: alpha must be.*got '1'"),
+        ({0: 1.0}, r"unknown layers \[0\]; adapter 'default' has model.lay"),
         ({name: 1.0, "layers.77.mamba": 1.0}, r"unknown layers \['layers.77.mamba'\]; adapter 'default' has model.lay"),
         ({name: math.nan}, f"the alpha of '{name}' must be a finite number >= 0, got nan"),
     ):

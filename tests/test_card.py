@@ -181,6 +181,33 @@ def test_states_that_are_not_there_are_not_measured(model: PeftModel, tmp_path: 
     assert rows_of(card_of(tmp_path)) == [{"adapter": "default", "alpha": "0.7"}]
 
 
+@pytest.mark.parametrize(
+    ("config", "states"),
+    [(b'{"peft_type": "S0"}', b"truncated"), (b"{", b""), (b"[1]", b""), (b"\xff\xfe{", b"")],
+    ids=["states", "json", "list", "encoding"],
+)
+def test_what_cannot_be_read_is_passed_over(model: PeftModel, tmp_path: Path, config: bytes, states: bytes) -> None:
+    """A folder that happens to lie beside the adapters keeps none of them from being saved."""
+    model.add_adapter("second", S0Config(alpha=0.5))
+    (tmp_path / "another").mkdir()
+    (tmp_path / "another" / "adapter_config.json").write_bytes(config)
+    (tmp_path / "another" / "adapter_model.safetensors").write_bytes(states)
+    model.save_pretrained(tmp_path)
+    assert [row["adapter"] for row in rows_of(card_of(tmp_path))] == ["default", "`second`"]
+    assert load_file(tmp_path / "second" / "adapter_model.safetensors")
+
+
+def test_a_card_never_keeps_an_adapter_from_being_saved(model: PeftModel, tmp_path: Path) -> None:
+    model.add_adapter("second", S0Config(alpha=0.5))
+    (tmp_path / "another").mkdir()
+    (tmp_path / "another" / "adapter_config.json").write_text('{"peft_type": "S0", "alpha": "large"}')
+    with pytest.warns(UserWarning, match=r"The adapter is saved, but its section of the model card '.*' is not up to"):
+        model.save_pretrained(tmp_path)
+    assert load_file(tmp_path / "second" / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="Unknown format code"):
+        update_model_card(tmp_path)
+
+
 def test_cards_of_others_are_left_alone(architecture: Architecture, tmp_path: Path) -> None:
     """A config on its own is not an adapter, and a README of something else is not its card."""
     (tmp_path / "README.md").write_text("# A project\n")

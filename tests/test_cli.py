@@ -23,7 +23,7 @@ import pytest
 import torch
 from architectures import MAIN, Architecture
 from hub import Hub, Repository
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_convert import contents, save
 from transformers import AutoModelForCausalLM
@@ -256,6 +256,9 @@ def test_what_inspect_refuses(tmp_path: Path) -> None:
         "has no adapter_model.safetensors; save the adapter with save_pretrained."
     )
     config = json.loads((file.parent / "adapter_config.json").read_text())
+    (file.parent / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "FOO"}))
+    for command in (["inspect"], ["export", "-o", tmp_path / "out"], ["soup", "-o", tmp_path / "out"]):
+        assert "is of an adapter of the method 'FOO', which this PEFT does not know" in failure(*command, file.parent)
     (file.parent / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "LORA"}))
     assert call("inspect", file.parent, code=1).stderr.endswith(
         "holds an adapter of the method PeftType.LORA, expected S0.\n"
@@ -345,7 +348,7 @@ def test_soup(architecture: Architecture, tmp_path: Path) -> None:
     before = contents(out)
     assert f"'{out}' exists already" in failure("soup", first, second, "-o", out)
     assert "takes numbers with commas between them" in call("soup", first, "-o", out, "--weights", "1;2", code=2).stderr
-    assert "pass one weight for each adapter, got 2 and 1" in failure(
+    assert "Pass one weight for each adapter, got 2 adapters and 1 weights" in failure(
         "soup", first, second, "-o", out, "--weights", "1", "--overwrite"
     )
     assert contents(out) == before
@@ -699,6 +702,45 @@ def test_calibrate(tiny: Path, tmp_path: Path) -> None:
     text = call("calibrate", tiny / "adapter", data, *options, "--plot", tmp_path / "alpha.png").stdout
     assert re.search(r"^ *0\.1 +\d", text, re.MULTILINE)
     assert (tmp_path / "alpha.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_calibrate_refuses(tiny: Path, tmp_path: Path) -> None:
+    """Before the model is loaded, let alone run."""
+    data, base = tmp_path / "rows.jsonl", ["--base-model", tmp_path / "nowhere"]
+    for content, message in (
+        ("", "rows.jsonl' has no rows that can be read: it is empty"),
+        ('{"prompt": ', "rows.jsonl' has no rows that can be read: JSON parse error"),
+        ('{"prompt": "a", "answer": "b"}\n', r"have the fields \['prompt', 'answer'\], expected 'prompt' and 'compl"),
+    ):
+        data.write_text(content)
+        result = call("calibrate", tiny / "adapter", data, *base, code=1)
+        assert re.search(message, result.stderr.splitlines()[-1])
+    plot = ["--plot", tmp_path / "none" / "alpha.png"]
+    assert "none' to draw into" in failure("calibrate", tiny / "adapter", data, *base, *plot)
+    assert "'foo' is not one of" in call("calibrate", tiny / "adapter", data, "--dtype", "foo", code=2).stderr
+
+
+def test_what_was_calibrated_is_saved_before_it_is_drawn(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "def f(x):", "completion": " return x"}\n')
+    options = ["--grid", "0.1", "--base-model", tiny / "base", "-o", tmp_path / "out", "--plot", tmp_path / "a.none"]
+    result = call("calibrate", tiny / "adapter", tmp_path / "rows.jsonl", *options, code=1)
+    assert "is not supported" in result.stderr.splitlines()[-1]
+    assert re.search(r"^ *0\.1 +\d", result.stdout, re.MULTILINE)
+    assert S0Config.from_pretrained(tmp_path / "out").alpha == 0.1
+
+
+def test_a_vocabulary_that_was_resized(tiny: Path, tmp_path: Path) -> None:
+    """PEFT saves its embeddings by itself. States are read without them, and the base model cannot take them."""
+    base = AutoModelForCausalLM.from_pretrained(tiny / "base")
+    base.resize_token_embeddings(base.config.vocab_size + 8, mean_resizing=False)
+    model = get_peft_model(base, S0Config(rank=2, init_weights=1.0))
+    with pytest.warns(UserWarning, match="as the embedding layer has been resized"):
+        model.save_pretrained(tmp_path / "adapter")
+    assert re.search(r"beside the states +.*embed_tokens\.weight", call("inspect", tmp_path / "adapter").stdout)
+    assert "weight' beside its states" in failure("export", tmp_path / "adapter", "-o", tmp_path / "out")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "def f(x):", "completion": " return x"}\n')
+    message = call("calibrate", tmp_path / "adapter", tmp_path / "rows.jsonl", code=1).stderr.splitlines()[-1]
+    assert re.search(r"error: '.*adapter' does not fit the base model '.*base': .* size mismatch for .*embed", message)
 
 
 def test_a_wheel_has_all_that_train_imports() -> None:

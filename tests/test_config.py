@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,11 +27,40 @@ from peft_s0 import S0Config
         ({"init_weights": "zeros"}, "init_weights must be"),
         ({"init_weights": -1.0}, "init_weights must be"),
         ({"layers_pattern": "layers"}, "layers_to_transform"),
+        ({"normalize": "no"}, "normalize must be True or False, got 'no'"),
+        ({"learn_alpha": 1}, "learn_alpha must be True or False, got 1"),
     ],
 )
 def test_bad_values(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         S0Config(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", r"adapter_config\.json' is no JSON object \(Expecting property name"),
+        (b"\xff", r"adapter_config\.json' is no JSON object \(.* can't decode byte"),
+        (b"1", r"adapter_config\.json' is no JSON object"),
+        (b"[1]", r"adapter_config\.json' must hold a JSON object, found a list"),
+        (b'{"peft_type": "FOO"}', r"adapter_config\.json' is of an adapter of the method 'FOO', which this PEFT"),
+        (b'{"peft_type": null}', r"adapter_config\.json' is of an adapter of the method None"),
+    ],
+)
+def test_files_that_are_no_config(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "adapter_config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        S0Config.from_pretrained(tmp_path)
+
+
+def test_sequences_are_as_they_are_in_a_file(tmp_path: Path) -> None:
+    fields = {"modules_to_save": ("lm_head",), "trainable_token_indices": {"embed_tokens": (5, 7)}}
+    config = S0Config(**fields)
+    config.save_pretrained(tmp_path)
+    for made in (config, S0Config.from_pretrained(tmp_path)):
+        assert made.modules_to_save == ["lm_head"]
+        assert made.trainable_token_indices == {"embed_tokens": [5, 7]}
+    assert S0Config(trainable_token_indices=(5, 7)).trainable_token_indices == [5, 7]
 
 
 def test_alpha_is_the_familys_unless_given(architecture) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from architectures import ARCHITECTURES, Architecture, mixers
+from architectures import ARCHITECTURES, VOCABULARY, Architecture, mixers
 from peft import PeftModel, get_peft_model
 from peft.utils.error import NoMatchingPeftModuleError
 from reference import with_slow_mixers
@@ -21,10 +21,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import DynamicCache
-from tuned import tune
+from tuned import states_of, tune
 
 from peft_s0 import S0Config, convert
 from peft_s0.convert import export_rwkv, export_s0_tuning, import_rwkv, import_s0_tuning
+from peft_s0.export.states import read_start
+from peft_s0.skeleton import load_without_weights
 
 ROWS = {row.name: row for row in ARCHITECTURES}
 NAMES = {"qwen3_5": ("gated_delta_net", "linear_attn"), "falcon_h1": ("mamba2", "mamba")}
@@ -405,6 +407,55 @@ def test_an_adapter_of_more_than_states(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="has modules_to_save or trainable_token_indices, for which this format"):
             export(tmp_path / "adapter", tmp_path / "theirs", base)
     assert not (tmp_path / "theirs").exists()
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_embeddings_that_were_saved_have_no_place_there(
+    architecture: Architecture, base: Path, tmp_path: Path, rank: int | None
+) -> None:
+    """PEFT saves them where it is told to, and by itself where the vocabulary was resized."""
+    model = get_peft_model(architecture.build(), S0Config(alpha=0.5, init_weights=1.0, rank=rank))
+    model.save_pretrained(tmp_path / "told", save_embedding_layers=True)
+    resized = transformers.AutoModelForCausalLM.from_pretrained(base)
+    resized.resize_token_embeddings(VOCABULARY + 8, mean_resizing=False)
+    model = get_peft_model(resized, S0Config(alpha=0.5, init_weights=1.0, rank=rank))
+    with pytest.warns(UserWarning, match="as the embedding layer has been resized"):
+        model.save_pretrained(tmp_path / "resized")
+    model.save_pretrained(tmp_path / "states", save_embedding_layers=False)
+    message = "weight' beside its states, for which there is no place.*save_embedding_layers=False"
+    for name in ("told", "resized"):
+        with pytest.raises(ValueError, match=message):
+            export_s0_tuning(tmp_path / name, tmp_path / "theirs", base)
+        with pytest.raises(ValueError, match=message):
+            read_start(tmp_path / name, base_model=base)
+        assert not (tmp_path / "theirs").exists()
+    export_s0_tuning(tmp_path / "states", tmp_path / "theirs", base)
+    # What needs no more than the states is told them all the same.
+    loaded = load_without_weights(tmp_path / "resized", base)
+    for name, state in states_of(model).items():
+        assert torch.equal(states_of(loaded)[name], state)
+
+
+@pytest.mark.parametrize("field", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [5]}], ids=str)
+def test_states_without_weights(architecture: Architecture, base: Path, tmp_path: Path, field: dict[str, Any]) -> None:
+    model = get_peft_model(architecture.build(), S0Config(task_type="CAUSAL_LM", init_weights=1.0, **field))
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = load_without_weights(tmp_path / "adapter", base)
+    for name, state in states_of(model).items():
+        assert torch.equal(states_of(loaded)[name], state)
+    assert all(parameter.is_meta for name, parameter in loaded.named_parameters() if "s0_state" not in name)
+
+
+def test_a_bare_backbone(architecture: Architecture, theirs: Path, base: Path, tmp_path: Path) -> None:
+    """PEFT's class for language models takes only what generates."""
+    import_s0_tuning(theirs, tmp_path / "bare", architecture.build().model)
+    import_s0_tuning(theirs, tmp_path / "whole", base)
+    assert S0Config.from_pretrained(tmp_path / "bare").task_type is None
+    expected = architecture.build()
+    PeftModel.from_pretrained(expected, tmp_path / "whole")
+    backbone = PeftModel.from_pretrained(architecture.build().model, tmp_path / "bare")
+    ids = torch.randint(3, 90, (2, 9))
+    assert torch.equal(backbone(ids).last_hidden_state, expected.model(ids).last_hidden_state)
 
 
 def test_a_place_that_is_taken(architecture: Architecture, base: Path, theirs: Path, tmp_path: Path) -> None:

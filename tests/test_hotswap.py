@@ -205,6 +205,14 @@ def test_adapters_of_another_form(tuned: Tuned, tmp_path: Path, config: dict, me
     assert unchanged(tuned.model, before)
 
 
+def test_tuples_are_the_lists_of_a_file(architecture: Architecture, tmp_path: Path) -> None:
+    folder = save(architecture, tmp_path / "other", modules_to_save=["lm_head"], trainable_token_indices=[5])
+    beside = {"modules_to_save": ("lm_head",), "trainable_token_indices": (5,)}
+    model = get_peft_model(architecture.build(), S0Config(**beside))
+    model.hotswap_adapter(folder, "default")
+    assert model.peft_config["default"].alpha == S0Config.from_pretrained(folder).alpha
+
+
 def test_other_bad_input(tuned: Tuned, other: Path, tmp_path: Path) -> None:
     model, before = tuned.model, snapshot(tuned.model)
     with pytest.raises(ValueError, match=r"Unknown adapter 'defautl'; this model has \['default'\]"):

@@ -230,6 +230,40 @@ def test_unload_s0_leaves_loras_config(both: Both, tmp_path: Path) -> None:
     assert torch.equal(both.logits(loaded), both.logits())
 
 
+@pytest.mark.parametrize("config", [S0Config, LoraConfig])
+def test_modules_follow_the_adapter_that_was_set_last(architecture: Architecture, config: type) -> None:
+    """PEFT's own way, whichever the methods are: docs/peft.md says what to do."""
+    model = architecture.build()
+    where = {} if config is S0Config else {"target_modules": ["q_proj"]}
+    first = get_peft_model(model, config(modules_to_save=["lm_head"], **where), adapter_name="first")
+    head = model.lm_head
+    with torch.no_grad():
+        head.modules_to_save["first"].weight.add_(1.0)
+    lora = get_peft_model(model, LoraConfig(target_modules=["v_proj"]), adapter_name="second")
+    assert head.active_adapters == []
+    first.set_adapter("first")
+    assert head.active_adapters == ["first"]
+    lora.unload()
+    assert model.lm_head is head.modules_to_save["first"]
+
+
+@pytest.mark.parametrize("field", ["modules_to_save", "trainable_token_indices"])
+@pytest.mark.parametrize("leave", ["unload", "merge_and_unload"])
+def test_modules_that_are_gone_are_not_left_out_of_a_file(
+    architecture: Architecture, tmp_path: Path, field: str, leave: str
+) -> None:
+    model = architecture.build()
+    beside = {"modules_to_save": ["lm_head"], "trainable_token_indices": [5, 7]}
+    s0 = get_peft_model(model, S0Config(**{field: beside[field]}), adapter_name="states")
+    lora = get_peft_model(model, LoraConfig(target_modules=["v_proj"]), adapter_name="matrices")
+    s0.save_pretrained(tmp_path / "before", selected_adapters=["states"])
+    PeftModel.from_pretrained(architecture.build(), tmp_path / "before" / "states")
+    getattr(lora, leave)()
+    with pytest.raises(ValueError, match=rf"Adapter 'states' has {field}=\[.*no longer holds.*Save the adapter before"):
+        s0.save_pretrained(tmp_path / "after", selected_adapters=["states"])
+    assert not (tmp_path / "after" / "states").exists()
+
+
 def test_disabling_is_the_base_model(both: Both) -> None:
     """As in PEFT: all adapters of the model, whichever PeftModel is asked."""
     expected, base = both.logits(), both.tuned.base(both.tuned.ids(2, 9)).logits
@@ -249,6 +283,8 @@ def test_names(both: Both) -> None:
         both.s0.delete_adapter("matrices")
     with pytest.raises(ValueError, match=r"Unknown adapters \['matrices'\]; this model has \['states'\]"):
         both.s0.add_weighted_adapter(["states", "matrices"], [0.5, 0.5], "soup")
+    with pytest.raises(ValueError, match=r"Unknown adapter 'matrices'; this model has \['states'\]"):
+        both.s0.hotswap_adapter("anywhere", "matrices")
     assert set(both.model.peft_config) == {"states", "matrices"}
 
 

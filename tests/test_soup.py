@@ -233,12 +233,20 @@ def test_other_base_models_shapes_and_values(folders: list[Path], tmp_path: Path
     [
         ([], None, r"pass a list of adapters, one at least, got \[\]"),
         ("one", None, "pass a list of adapters, one at least, got 'one'"),
-        (["one"], [1.0, 2.0], "one weight for each adapter, got 1 and 2"),
-        (["one"], [float("inf")], "a weight must be a finite number, got inf"),
-        (["one"], ["1"], "a weight must be a finite number, got '1'"),
+        (["one"], [1.0, 2.0], "one weight for each adapter, got 1 adapters and 2 weights"),
+        (["one"], [float("inf")], "A weight must be a finite number, got inf"),
+        (["one"], ["1"], "A weight must be a finite number, got '1'"),
+        (["one"], [True], "A weight must be a finite number, got True"),
     ],
 )
 def test_bad_arguments(adapters: object, weights: object, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         soup(adapters, weights, tmp_path / "soup")
+    assert not (tmp_path / "soup").exists()
+
+
+def test_a_sum_that_is_not_finite(folders: list[Path], tmp_path: Path) -> None:
+    """States that no loader would take are not written."""
+    with pytest.raises(ValueError, match=r"not finite in float32 with the weights \[1e\+40, 1.0\]: too large"):
+        soup(folders[:2], [1e40, 1.0], tmp_path / "soup")
     assert not (tmp_path / "soup").exists()

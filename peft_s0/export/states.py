@@ -15,7 +15,7 @@ from ..injection import has_layer, layer_of
 from ..layer import check_finite
 from ..model import recurrent_mixers
 from ..naming import shared_name
-from ..skeleton import load_without_weights
+from ..skeleton import check_states_alone, load_without_weights
 
 
 @dataclass
@@ -53,14 +53,15 @@ def read_start(adapter: PeftModel | str | Path, adapter_name: str | None = None,
 
     Raises:
         TypeError: if the adapter is neither.
-        ValueError: if it is more than initial states (another variant, whole modules, tokens), has values that are not
-            finite, or cannot be read.
+        ValueError: if it is more than initial states (another variant, whole modules, tokens, embeddings), has values
+            that are not finite, or cannot be read.
     """
     if isinstance(adapter, (str, Path)):
         if adapter_name is not None:
             raise ValueError(f"adapter_name={adapter_name!r} is for a live model; name the adapter's own folder.")
         # Before the adapter meets a model, which may not have the weights that it would put others in the place of.
         _check(f"'{adapter}'", load_config(adapter, **_of_files(options)))
+        check_states_alone(adapter, **_of_files(options))
         return _read(load_without_weights(adapter, **options), "default", f"'{adapter}'")
     if not isinstance(adapter, PeftModel):
         raise TypeError(f"Expected a PeftModel, or folder or Hub id of an adapter, got {type(adapter).__name__}.")
