@@ -34,6 +34,7 @@ from .mixers import Mixer, find_mixer, registered_mixers
 from .mixers.refused import looks_recurrent, refused
 from .naming import match_names, shared_name
 from .precision import casts_parameters
+from .probing import in_eval_mode
 from .prompt import start_from_prompt
 from .rows import BASE, Routing, RowAdapters
 from .storage import decode
@@ -389,7 +390,8 @@ class S0Model(BaseTuner):
             tokenizer_name_or_path=None,
         )
         self.inject_adapter(self.model, adapter_name)
-        with torch.no_grad():
+        # In training mode, `train_alpha` would be read for `alpha`.
+        with in_eval_mode(self.model):
             for layer in self.tuner_layers():
                 for kind, learnt in layer.learnt_tensors(adapter_name).items():
                     effective = layer.effective_state if kind == "s0_state" else layer.effective_offset

@@ -84,6 +84,19 @@ def test_weighted_adapter(tuned: Tuned) -> None:
     assert torch.equal(logits(tuned, ids, "copy"), logits(tuned, ids, "default"))
 
 
+@pytest.mark.parametrize("arguments", [{"train_alpha": 1.0}, {"train_alpha": 1.0, "normalize": True, "alpha": 20.0}])
+def test_a_weighted_adapter_made_in_training_mode(architecture: Architecture, arguments: dict) -> None:
+    """It starts from what the others' sequences start from in use, not from the states as training scales them."""
+    tuned = tune(architecture, **arguments)
+    ids = tuned.ids(2, 9)
+    expected = tuned.model(ids).logits
+    tuned.model.train()
+    tuned.model.base_model.add_weighted_adapter(["default"], [1.0], "copy")
+    assert all(module.training for module in tuned.model.modules())
+    tuned.model.eval()
+    assert torch.equal(logits(tuned, ids, "copy"), expected)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
