@@ -48,6 +48,9 @@ class S0Config(PeftConfig):
     A sequence starts from the state `alpha * S`, or `alpha * S / ||S||_F` with `normalize`, where `S` is the learnt
     tensor of a layer, kept in float32 and saved unscaled.
 
+    An adapter that is made of a config has a copy of it, `model.peft_config[adapter_name]`, whose fields count from
+    then on; the config itself may serve for further adapters and models.
+
     Args:
         target_modules (`list[str]` or `str`, *optional*):
             Names of the recurrent mixers to adapt, as a list of suffixes or one regular expression. `None`: every
@@ -75,7 +78,7 @@ class S0Config(PeftConfig):
             Tokenizer of `init_prompt`. `None`: the model's own.
         alpha (`float`, *optional*):
             Scale of the state. `None`: the default of the mixers' recurrence family (0.07 gated delta rule, 0.65
-            Mamba-2, 1.0 elsewhere), written into the config when it meets the model. How to choose it: docs/alpha.md.
+            Mamba-2, 1.0 elsewhere), written into the model's copy of the config. How to choose it: docs/alpha.md.
         alpha_pattern (`dict[str, float]`):
             An alpha of their own for some layers. A key is the end of a mixer's name, as `"layers.0.linear_attn"`, or a
             regular expression for it; of several that match, the first counts. All other layers have `alpha`.

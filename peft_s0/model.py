@@ -188,6 +188,9 @@ class S0Model(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         """See `BaseTuner.inject_adapter`."""
+        # Layers read the config in each call, and what the model does not know is written into it: it is the adapter's
+        # alone, whatever else is made of the one that was passed.
+        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         if state_dict is not None:
             # PEFT takes what stands in front of the prefix for the target; here that is the mixer's child, and its name
             # may be that of another class of the model.
@@ -482,17 +485,11 @@ class S0Model(BaseTuner):
         }
 
     def _change_config(self, adapter_name: str, changes: Mapping[str, Any]) -> None:
-        """Set fields of an adapter's config; one that it shares with other adapters becomes its own."""
-        layers = self._layers_of(adapter_name)
+        """Set fields of an adapter's config."""
         config = cast(S0Config, self.peft_config[adapter_name])
-        if any(other is config for name, other in self.peft_config.items() if name != adapter_name):
-            # As TRL makes its reference adapter.
-            self.peft_config[adapter_name] = config = copy.copy(config)
-            for layer in layers.values():
-                layer.configs[adapter_name] = config
         for field, value in changes.items():
             setattr(config, field, value)
-        set_alpha_keys(adapter_name, config, layers)
+        set_alpha_keys(adapter_name, config, self._layers_of(adapter_name))
 
     def hotswap_adapter(self, model_id: str | Path, adapter_name: str, **kwargs: Any) -> None:
         """Replace the states of a loaded adapter by those of a file, in place.

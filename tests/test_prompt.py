@@ -325,7 +325,7 @@ def test_a_config_with_a_prompt_starts_there(tmp_path: Path) -> None:
     base = load_base().train()
     config = S0Config(init_weights="prompt", init_prompt=TEXT, l2_lambda=0.0)
     model = get_peft_model(base, config)
-    assert config.alpha == 0.07
+    assert model.peft_config["default"].alpha == 0.07
     assert model.training
     model.eval()
     for name, state in states_of(model).items():
