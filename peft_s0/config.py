@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Literal
@@ -236,8 +236,6 @@ class S0Config(PeftConfig):
         vars(self)["awaits_int8"] = self.storage == "int8" and self.inference_mode
         if self.rank is not None and (not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1):
             raise ValueError(f"S0Config: rank must be an integer >= 1, or None for the full state, got {self.rank!r}.")
-        if self.init_weights == "prompt":
-            check_holds_prompt(self)
 
     @classmethod
     def from_pretrained(
@@ -295,6 +293,16 @@ class S0Config(PeftConfig):
             super().save_pretrained(temporary, **kwargs)
             (Path(temporary) / CONFIG_NAME).replace(folder / CONFIG_NAME)
         update_card_of_peft(folder)
+
+
+def without_start(config: S0Config, **changes: Any) -> S0Config:
+    """A copy of a config for states that come from elsewhere, which says nothing of how they start.
+
+    Args:
+        config: an adapter's config.
+        changes: other fields that are to differ.
+    """
+    return replace(config, init_weights=True, init_prompt=None, tokenizer_name_or_path=None, **changes)
 
 
 def check_holds_prompt(config: S0Config) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .alpha import find_keys
-from .config import S0Config
+from .config import S0Config, without_start
 from .mixers import Call, Mixer
 from .precision import keep_float32
 from .rows import Routing
@@ -241,7 +240,7 @@ class LearntAlpha(InitialState):
 
     def __init__(self, alpha: float, config: S0Config, device: torch.device | None, cast: bool = False) -> None:
         # Not of shape [], which FSDP2 does not take.
-        super().__init__((1,), replace(config, rank=None, init_weights=True, l2_lambda=0.0), device, cast)
+        super().__init__((1,), without_start(config, rank=None, l2_lambda=0.0), device, cast)
         if not self.weight.is_meta:
             nn.init.constant_(self.weight, alpha)
         self._adopt()

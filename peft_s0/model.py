@@ -6,7 +6,6 @@ import copy
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 
 from .alpha import check_alpha, fit_pattern, layer_key
 from .card import tag_model, untag_model
-from .config import S0Config, load_config
+from .config import S0Config, load_config, without_start
 from .injection import CHILD, attach, detach, has_layer, layer_of, unwatch, watch
 from .layer import MERGE_ERROR, S0Layer, check_finite, set_alpha_keys
 from .mixers import Mixer, find_mixer, registered_mixers
@@ -379,7 +378,7 @@ class S0Model(BaseTuner):
                 raise ValueError(f"The adapters {adapters} do not cover the same layers: one layer has only {held}.")
         variants = {own[name].variant for name in adapters}
         # Effective states are summed and stored as they are, so alpha is 1 and nothing is normalised again.
-        self.peft_config[adapter_name] = replace(
+        self.peft_config[adapter_name] = without_start(
             own[adapters[0]],
             variant=variants.pop() if len(variants) == 1 else "both",
             alpha=1.0,
@@ -388,9 +387,6 @@ class S0Model(BaseTuner):
             train_alpha=None,
             normalize=False,
             rank=None,
-            init_weights=True,
-            init_prompt=None,
-            tokenizer_name_or_path=None,
         )
         self.inject_adapter(self.model, adapter_name)
         # In training mode, `train_alpha` would be read for `alpha`.

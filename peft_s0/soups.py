@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .card import CARD_NAME, update_model_card
-from .config import S0Config, check_readable, find_states, load_config
+from .config import S0Config, check_readable, find_states, load_config, without_start
 from .convert import ADAPTER_FILES
 from .files import check_place, new_folder
 from .injection import CHILD
@@ -114,7 +114,7 @@ def soup(
             raise ValueError(f"soup: '{name}' has no sum with '{names[0]}': {error}") from error
         for key, state in states.items():
             total[key] += weight * state.double()
-    config = replace(first, init_weights=True, init_prompt=None, tokenizer_name_or_path=None, inference_mode=True)
+    config = without_start(first, inference_mode=True)
     with new_folder(output, overwrite, ADAPTER_FILES) as folder:
         states = {key: state.float() for key, state in total.items()}
         save_file(states, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
