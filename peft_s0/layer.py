@@ -315,9 +315,33 @@ class S0Layer(nn.Module, BaseTunerLayer):
         self._forget(adapter_name)
         super().delete_adapter(adapter_name)
 
+    def drop_adapter(self, adapter_name: str) -> None:
+        """Take an adapter away without another becoming active in its place, as in `delete_adapter`."""
+        vars(self)["_active_adapter"] = [name for name in self.active_adapters if name != adapter_name]
+        self.delete_adapter(adapter_name)
+
+    def snapshot(self) -> Callable[[], None]:
+        """What puts the layer's adapters back as they are now: the same parameters, under the same names."""
+        kept: Any = [self._modules[kind] for kind in self.adapter_layer_names]
+        places: list[dict[str, Any]] = [*(modules._modules for modules in kept), self.configs, self.alpha_keys]
+        places.append(self._held)
+        before, active = [dict(place) for place in places], self._active_adapter
+
+        def restore() -> None:
+            for place, entries in zip(places, before, strict=True):
+                place.clear()
+                place.update(entries)
+            self._gather_held()
+            vars(self)["_active_adapter"] = active
+
+        return restore
+
     def _forget(self, adapter_name: str) -> None:
         if self._held.pop(adapter_name, None) is not None:
-            self._all_held = [parameters for held in self._held.values() for parameters in held]
+            self._gather_held()
+
+    def _gather_held(self) -> None:
+        self._all_held = [parameters for held in self._held.values() for parameters in held]
 
     def state(self, adapter_name: str) -> InitialState:
         """The module that holds an adapter's state."""

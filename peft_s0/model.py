@@ -203,6 +203,7 @@ class S0Model(BaseTuner):
         self._routing = Routing() if present is None else present.routing
         self._routing.layers = []
         with self._all_or_nothing(model, adapter_name):
+            self._replace(adapter_name)
             super().inject_adapter(
                 model,
                 adapter_name,
@@ -212,9 +213,26 @@ class S0Model(BaseTuner):
             )
             if state_dict is None:
                 start_from_prompt(model, adapter_name, cast(S0Config, self.peft_config[adapter_name]))
+        _detach_empty(model)
         watch(model)
         tag_model(model)
         self._route()
+
+    def _replace(self, adapter_name: str) -> None:
+        """Take away what an earlier adapter of a name has in the model, as where a cell of a notebook is run again.
+
+        Raises:
+            ValueError: if it trains more than states, which PEFT would go on with.
+        """
+        for name, layer in self._layers_of(adapter_name).items():
+            config = layer.configs[adapter_name]
+            if config.modules_to_save or config.trainable_token_indices:
+                raise ValueError(
+                    f"This model has an adapter '{adapter_name}' already ('{name}' has a state of it), with "
+                    "modules_to_save or trainable_token_indices, which a new one of that name would go on with. Take "
+                    "it away first, by unload() or delete_adapter() of its PeftModel, or choose another name."
+                )
+            layer.drop_adapter(adapter_name)
 
     def _route(self) -> None:
         """Let all tuner layers of the model look up the same thing."""
@@ -225,24 +243,24 @@ class S0Model(BaseTuner):
     @contextmanager
     def _all_or_nothing(self, model: nn.Module, adapter_name: str) -> Iterator[None]:
         """Leave the model as it was where an adapter is refused: PEFT reads `modules_to_save` and tokens last."""
-        active = {layer: layer.active_adapters for layer in self.tuner_layers()}
+        restore = {layer: layer.snapshot() for layer in self.tuner_layers()}
+        earlier = [layer.configs[adapter_name] for layer in restore if adapter_name in layer.configs]
         trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
         wrappers = {module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)}
         try:
             yield
         except Exception:
-            _take_away(model, adapter_name, cast(S0Config, self.peft_config[adapter_name]))
+            for mixer in [module for module in model.modules() if has_layer(module)]:
+                restore.get(layer_of(mixer), partial(detach, mixer))()
+            unwatch(model)
             for name, module in list(model.named_modules()):
                 if isinstance(module, AuxiliaryTrainingWrapper) and module not in wrappers:
                     parent, _, child = _get_submodules(model, name)
                     setattr(parent, child, module.original_module)
-            for layer, names in active.items():
-                layer._active_adapter = names
             for parameter, requires_grad in trained.items():
                 parameter.requires_grad_(requires_grad)
-            held = [layer.configs[adapter_name] for layer in self.tuner_layers() if adapter_name in layer.configs]
-            if held:
-                self.peft_config[adapter_name] = held[0]
+            if earlier:
+                self.peft_config[adapter_name] = earlier[0]
             else:
                 del self.peft_config[adapter_name]
             self._route()
@@ -841,13 +859,18 @@ def _withdraw(model: Any, config: S0Config, adapter_name: str) -> None:
 
 def _take_away(model: nn.Module, adapter_name: str, config: S0Config) -> None:
     """Take an adapter's states out of a model, and the tuner layers that are left without any."""
-    for mixer in [module for module in model.modules() if has_layer(module)]:
-        layer = layer_of(mixer)
+    for layer in [module for module in model.modules() if isinstance(module, S0Layer)]:
         if layer.configs.get(adapter_name) is config:
             # Of the active adapter, PEFT would say that it is deleted; here it never was.
-            layer._active_adapter = [name for name in layer.active_adapters if name != adapter_name]
-            layer.delete_adapter(adapter_name)
-        if not layer.configs:
+            layer.drop_adapter(adapter_name)
+    _detach_empty(model)
+    unwatch(model)
+
+
+def _detach_empty(model: nn.Module) -> None:
+    """Take the tuner layers away that hold no adapter, nor what a bank has put there."""
+    for mixer in [module for module in model.modules() if has_layer(module)]:
+        layer = layer_of(mixer)
+        if not layer.configs and layer.slots is None:
             detach(mixer)
             layer.routing.layers = [other for other in layer.routing.layers if other is not layer]
-    unwatch(model)
