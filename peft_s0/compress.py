@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from peft import PeftModel
 
-from .config import S0Config
+from .config import S0Config, without_start
 from .injection import CHILD
 from .layer import S0Layer, check_finite
 from .model import S0Model
@@ -68,7 +66,7 @@ def compress_adapter(model: PeftModel, adapter_name: str, rank: int, new_name: s
     for name, of_mixer in states.items():
         for state in of_mixer.values():
             check_finite(name, state)
-    model.add_adapter(new_name, replace(config, rank=rank, init_weights=True))
+    model.add_adapter(new_name, without_start(config, rank=rank))
     errors = {}
     for name, layer in layers.items():
         differences = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Literal
@@ -49,6 +49,9 @@ class S0Config(PeftConfig):
     A sequence starts from the state `alpha * S`, or `alpha * S / ||S||_F` with `normalize`, where `S` is the learnt
     tensor of a layer, kept in float32 and saved unscaled.
 
+    An adapter that is made of a config has a copy of it, `model.peft_config[adapter_name]`, whose fields count from
+    then on; the config itself may serve for further adapters and models.
+
     Args:
         target_modules (`list[str]` or `str`, *optional*):
             Names of the recurrent mixers to adapt, as a list of suffixes or one regular expression. `None`: every
@@ -76,7 +79,7 @@ class S0Config(PeftConfig):
             Tokenizer of `init_prompt`. `None`: the model's own.
         alpha (`float`, *optional*):
             Scale of the state. `None`: the default of the mixers' recurrence family (0.07 gated delta rule, 0.65
-            Mamba-2, 1.0 elsewhere), written into the config when it meets the model. How to choose it: docs/alpha.md.
+            Mamba-2, 1.0 elsewhere), written into the model's copy of the config. How to choose it: docs/alpha.md.
         alpha_pattern (`dict[str, float]`):
             An alpha of their own for some layers. A key is the end of a mixer's name, as `"layers.0.linear_attn"`, or a
             regular expression for it; of several that match, the first counts. All other layers have `alpha`.
@@ -238,8 +241,6 @@ class S0Config(PeftConfig):
         vars(self)["awaits_int8"] = self.storage == "int8" and self.inference_mode
         if self.rank is not None and (not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1):
             raise ValueError(f"S0Config: rank must be an integer >= 1, or None for the full state, got {self.rank!r}.")
-        if self.init_weights == "prompt":
-            check_holds_prompt(self)
 
     @classmethod
     def from_pretrained(
@@ -318,6 +319,16 @@ class S0Config(PeftConfig):
             super().save_pretrained(temporary, **kwargs)
             (Path(temporary) / CONFIG_NAME).replace(folder / CONFIG_NAME)
         update_card_of_peft(folder)
+
+
+def without_start(config: S0Config, **changes: Any) -> S0Config:
+    """A copy of a config for states that come from elsewhere, which says nothing of how they start.
+
+    Args:
+        config: an adapter's config.
+        changes: other fields that are to differ.
+    """
+    return replace(config, init_weights=True, init_prompt=None, tokenizer_name_or_path=None, **changes)
 
 
 def check_holds_prompt(config: S0Config) -> None:

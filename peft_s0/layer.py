@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .alpha import find_keys
-from .config import S0Config
+from .config import S0Config, without_start
 from .mixers import Call, Mixer
 from .precision import keep_float32
 from .rows import Routing
@@ -246,7 +245,7 @@ class LearntAlpha(InitialState):
 
     def __init__(self, alpha: float, config: S0Config, device: torch.device | None, cast: bool = False) -> None:
         # Not of shape [], which FSDP2 does not take.
-        super().__init__((1,), replace(config, rank=None, init_weights=True, l2_lambda=0.0), device, cast)
+        super().__init__((1,), without_start(config, rank=None, l2_lambda=0.0), device, cast)
         if not self.weight.is_meta:
             nn.init.constant_(self.weight, alpha)
         self._adopt()
@@ -321,9 +320,33 @@ class S0Layer(nn.Module, BaseTunerLayer):
         self._forget(adapter_name)
         super().delete_adapter(adapter_name)
 
+    def drop_adapter(self, adapter_name: str) -> None:
+        """Take an adapter away without another becoming active in its place, as in `delete_adapter`."""
+        vars(self)["_active_adapter"] = [name for name in self.active_adapters if name != adapter_name]
+        self.delete_adapter(adapter_name)
+
+    def snapshot(self) -> Callable[[], None]:
+        """What puts the layer's adapters back as they are now: the same parameters, under the same names."""
+        kept: Any = [self._modules[kind] for kind in self.adapter_layer_names]
+        places: list[dict[str, Any]] = [*(modules._modules for modules in kept), self.configs, self.alpha_keys]
+        places.append(self._held)
+        before, active = [dict(place) for place in places], self._active_adapter
+
+        def restore() -> None:
+            for place, entries in zip(places, before, strict=True):
+                place.clear()
+                place.update(entries)
+            self._gather_held()
+            vars(self)["_active_adapter"] = active
+
+        return restore
+
     def _forget(self, adapter_name: str) -> None:
         if self._held.pop(adapter_name, None) is not None:
-            self._all_held = [parameters for held in self._held.values() for parameters in held]
+            self._gather_held()
+
+    def _gather_held(self) -> None:
+        self._all_held = [parameters for held in self._held.values() for parameters in held]
 
     def state(self, adapter_name: str) -> InitialState:
         """The module that holds an adapter's state."""

@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from numbers import Real
 from pathlib import Path
@@ -29,13 +28,14 @@ from torch import Tensor, nn
 
 from .alpha import check_alpha, fit_pattern, layer_key
 from .card import tag_model, untag_model
-from .config import S0Config, load_config
+from .config import S0Config, load_config, without_start
 from .injection import CHILD, attach, clean, detach, has_layer, layer_of, unwatch, watch
 from .layer import MERGE_ERROR, S0Layer, check_finite, set_alpha_keys
 from .mixers import Mixer, find_mixer, registered_mixers
 from .mixers.refused import looks_recurrent, refused
 from .naming import match_names, shared_name
 from .precision import casts_parameters
+from .probing import in_eval_mode
 from .prompt import start_from_prompt
 from .rows import BASE, Routing, RowAdapters
 from .storage import decode
@@ -189,6 +189,9 @@ class S0Model(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         """See `BaseTuner.inject_adapter`."""
+        # Layers read the config in each call, and what the model does not know is written into it: it is the adapter's
+        # alone, whatever else is made of the one that was passed.
+        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         if state_dict is not None:
             # PEFT takes what stands in front of the prefix for the target; here that is the mixer's child, and its name
             # may be that of another class of the model.
@@ -202,6 +205,7 @@ class S0Model(BaseTuner):
         self._routing = Routing() if present is None else present.routing
         self._routing.layers = []
         with self._all_or_nothing(model, adapter_name):
+            self._replace(adapter_name)
             super().inject_adapter(
                 model,
                 adapter_name,
@@ -211,9 +215,26 @@ class S0Model(BaseTuner):
             )
             if state_dict is None:
                 start_from_prompt(model, adapter_name, cast(S0Config, self.peft_config[adapter_name]))
+        _detach_empty(model)
         watch(model)
         tag_model(model)
         self._route()
+
+    def _replace(self, adapter_name: str) -> None:
+        """Take away what an earlier adapter of a name has in the model, as where a cell of a notebook is run again.
+
+        Raises:
+            ValueError: if it trains more than states, which PEFT would go on with.
+        """
+        for name, layer in self._layers_of(adapter_name).items():
+            config = layer.configs[adapter_name]
+            if config.modules_to_save or config.trainable_token_indices:
+                raise ValueError(
+                    f"This model has an adapter '{adapter_name}' already ('{name}' has a state of it), with "
+                    "modules_to_save or trainable_token_indices, which a new one of that name would go on with. Take "
+                    "it away first, by unload() or delete_adapter() of its PeftModel, or choose another name."
+                )
+            layer.drop_adapter(adapter_name)
 
     def _route(self) -> None:
         """Let all tuner layers of the model look up the same thing."""
@@ -224,24 +245,24 @@ class S0Model(BaseTuner):
     @contextmanager
     def _all_or_nothing(self, model: nn.Module, adapter_name: str) -> Iterator[None]:
         """Leave the model as it was where an adapter is refused: PEFT reads `modules_to_save` and tokens last."""
-        active = {layer: layer.active_adapters for layer in self.tuner_layers()}
+        restore = {layer: layer.snapshot() for layer in self.tuner_layers()}
+        earlier = [layer.configs[adapter_name] for layer in restore if adapter_name in layer.configs]
         trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
         wrappers = {module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)}
         try:
             yield
         except Exception:
-            _take_away(model, adapter_name, cast(S0Config, self.peft_config[adapter_name]))
+            for mixer in [module for module in model.modules() if has_layer(module)]:
+                restore.get(layer_of(mixer), partial(detach, mixer))()
+            unwatch(model)
             for name, module in list(model.named_modules()):
                 if isinstance(module, AuxiliaryTrainingWrapper) and module not in wrappers:
                     parent, _, child = _get_submodules(model, name)
                     setattr(parent, child, module.original_module)
-            for layer, names in active.items():
-                layer._active_adapter = names
             for parameter, requires_grad in trained.items():
                 parameter.requires_grad_(requires_grad)
-            held = [layer.configs[adapter_name] for layer in self.tuner_layers() if adapter_name in layer.configs]
-            if held:
-                self.peft_config[adapter_name] = held[0]
+            if earlier:
+                self.peft_config[adapter_name] = earlier[0]
             else:
                 del self.peft_config[adapter_name]
             self._route()
@@ -377,7 +398,7 @@ class S0Model(BaseTuner):
                 raise ValueError(f"The adapters {adapters} do not cover the same layers: one layer has only {held}.")
         variants = {own[name].variant for name in adapters}
         # Effective states are summed and stored as they are, so alpha is 1 and nothing is normalised again.
-        self.peft_config[adapter_name] = replace(
+        self.peft_config[adapter_name] = without_start(
             own[adapters[0]],
             variant=variants.pop() if len(variants) == 1 else "both",
             alpha=1.0,
@@ -386,12 +407,10 @@ class S0Model(BaseTuner):
             train_alpha=None,
             normalize=False,
             rank=None,
-            init_weights=True,
-            init_prompt=None,
-            tokenizer_name_or_path=None,
         )
         self.inject_adapter(self.model, adapter_name)
-        with torch.no_grad():
+        # In training mode, `train_alpha` would be read for `alpha`.
+        with in_eval_mode(self.model):
             for layer in self.tuner_layers():
                 for kind, learnt in layer.learnt_tensors(adapter_name).items():
                     effective = layer.effective_state if kind == "s0_state" else layer.effective_offset
@@ -488,17 +507,11 @@ class S0Model(BaseTuner):
         }
 
     def _change_config(self, adapter_name: str, changes: Mapping[str, Any]) -> None:
-        """Set fields of an adapter's config; one that it shares with other adapters becomes its own."""
-        layers = self._layers_of(adapter_name)
+        """Set fields of an adapter's config."""
         config = cast(S0Config, self.peft_config[adapter_name])
-        if any(other is config for name, other in self.peft_config.items() if name != adapter_name):
-            # As TRL makes its reference adapter.
-            self.peft_config[adapter_name] = config = copy.copy(config)
-            for layer in layers.values():
-                layer.configs[adapter_name] = config
         for field, value in changes.items():
             setattr(config, field, value)
-        set_alpha_keys(adapter_name, config, layers)
+        set_alpha_keys(adapter_name, config, self._layers_of(adapter_name))
 
     def hotswap_adapter(self, model_id: str | Path, adapter_name: str, **kwargs: Any) -> None:
         """Replace the states of a loaded adapter by those of a file, in place.
@@ -908,13 +921,18 @@ def _withdraw(model: Any, config: S0Config, adapter_name: str) -> None:
 
 def _take_away(model: nn.Module, adapter_name: str, config: S0Config) -> None:
     """Take an adapter's states out of a model, and the tuner layers that are left without any."""
-    for mixer in [module for module in model.modules() if has_layer(module)]:
-        layer = layer_of(mixer)
+    for layer in [module for module in model.modules() if isinstance(module, S0Layer)]:
         if layer.configs.get(adapter_name) is config:
             # Of the active adapter, PEFT would say that it is deleted; here it never was.
-            layer._active_adapter = [name for name in layer.active_adapters if name != adapter_name]
-            layer.delete_adapter(adapter_name)
-        if not layer.configs:
+            layer.drop_adapter(adapter_name)
+    _detach_empty(model)
+    unwatch(model)
+
+
+def _detach_empty(model: nn.Module) -> None:
+    """Take the tuner layers away that hold no adapter, nor what a bank has put there."""
+    for mixer in [module for module in model.modules() if has_layer(module)]:
+        layer = layer_of(mixer)
+        if not layer.configs and layer.slots is None:
             detach(mixer)
             layer.routing.layers = [other for other in layer.routing.layers if other is not layer]
-    unwatch(model)

@@ -93,8 +93,11 @@ def start_from_prompt(model: nn.Module, adapter_name: str, config: S0Config) -> 
     if config.init_weights != "prompt" or config.inference_mode or config.awaits_states:
         return
     layers = [layer_of(module) for module in model.modules() if has_layer(module)]
-    if all(layer.state(adapter_name).weight.is_meta for layer in layers if adapter_name in layer.configs):
+    layers = [layer for layer in layers if adapter_name in layer.configs]
+    if all(learnt.weight.is_meta for layer in layers for learnt in layer.states(adapter_name).values()):
         return
+    # Not when the config is made: that of an adapter whose alpha was changed later is read from its file.
+    check_holds_prompt(config)
     if any(weight.is_meta for weight in model.parameters()) and getattr(model, "hf_device_map", None) is None:
         raise ValueError(
             "S0Config: init_weights='prompt' runs a prompt through the model, but its weights are on the meta device. "

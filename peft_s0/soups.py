@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .card import CARD_NAME, update_model_card
-from .config import S0Config, check_readable, find_states, load_config
+from .config import S0Config, check_readable, find_states, load_config, without_start
 from .convert import ADAPTER_FILES
 from .files import check_place, new_folder
 from .injection import CHILD
@@ -111,7 +111,7 @@ def soup(
             total[key] += weight * state.double()
     for state in total.values():
         check_sum(state, weights)
-    config = replace(first, init_weights=True, init_prompt=None, tokenizer_name_or_path=None, inference_mode=True)
+    config = without_start(first, inference_mode=True)
     with new_folder(output, overwrite, ADAPTER_FILES) as folder:
         states = {key: state.float() for key, state in total.items()}
         save_file(states, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})

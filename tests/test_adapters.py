@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from architectures import ARCHITECTURES, Architecture, mixers
-from peft import PeftModel, get_base_model_state_dict, get_peft_model, set_base_model_state_dict
+from peft import (
+    PeftModel,
+    get_base_model_state_dict,
+    get_peft_model,
+    inject_adapter_in_model,
+    set_base_model_state_dict,
+)
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.tuners_utils import BaseTuner
 from test_law import left_pad
@@ -82,6 +90,19 @@ def test_weighted_adapter(tuned: Tuned) -> None:
         torch.testing.assert_close(layer.effective_state("soup"), expected)
     tuned.model.base_model.add_weighted_adapter(["default"], [1.0], "copy")
     assert torch.equal(logits(tuned, ids, "copy"), logits(tuned, ids, "default"))
+
+
+@pytest.mark.parametrize("arguments", [{"train_alpha": 1.0}, {"train_alpha": 1.0, "normalize": True, "alpha": 20.0}])
+def test_a_weighted_adapter_made_in_training_mode(architecture: Architecture, arguments: dict) -> None:
+    """It starts from what the others' sequences start from in use, not from the states as training scales them."""
+    tuned = tune(architecture, **arguments)
+    ids = tuned.ids(2, 9)
+    expected = tuned.model(ids).logits
+    tuned.model.train()
+    tuned.model.base_model.add_weighted_adapter(["default"], [1.0], "copy")
+    assert all(module.training for module in tuned.model.modules())
+    tuned.model.eval()
+    assert torch.equal(logits(tuned, ids, "copy"), expected)
 
 
 @pytest.mark.parametrize(
@@ -386,3 +407,80 @@ def test_peft_without_input_casts(tuned: Tuned) -> None:
     expected = tuned.model(ids).logits
     with disable_input_dtype_casting(tuned.model):
         assert torch.equal(tuned.model(ids).logits, expected)
+
+
+# A name that is there already.
+
+
+def make(architecture: Architecture, base: nn.Module, **config: object) -> PeftModel:
+    torch.manual_seed(1)
+    return get_peft_model(base, S0Config(**{"alpha": 0.7, "init_weights": 1.0, **config})).eval()
+
+
+def shown(model: nn.Module) -> dict[str, tuple[bool, torch.Tensor]]:
+    """All parameters, and whether they are trained."""
+    return {name: (parameter.requires_grad, parameter) for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("earlier", "later"),
+    [
+        ({}, {}),
+        ({"variant": "both"}, {}),
+        ({"variant": "offset"}, {"rank": 2}),
+        ({"learn_alpha": True, "alpha": 5.0}, {}),
+        ({"alpha_pattern": {r"layers\.0\..*": 5.0}}, {"inference_mode": True}),
+        ({}, {"layers_to_transform": [0]}),
+        ({"layers_to_transform": [0]}, {}),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`", "ignore:You are trying to modify a model with PEFT")
+def test_a_name_again(architecture: Architecture, tmp_path: Path, earlier: dict, later: dict) -> None:
+    """As where a cell of a notebook is run twice: nothing is left of the adapter that was made first."""
+    if later.get("inference_mode"):
+        # Its states are loaded.
+        make(architecture, architecture.build()).save_pretrained(tmp_path / "states")
+    base = architecture.build()
+    make(architecture, base, **earlier)
+    again, fresh = (make(architecture, model, **later) for model in (base, architecture.build()))
+    if later.get("inference_mode"):
+        for model in (again, fresh):
+            model.load_adapter(tmp_path / "states", "default")
+    assert again.peft_config == fresh.peft_config
+    assert [name for name, _ in again.named_modules()] == [name for name, _ in fresh.named_modules()]
+    expected = shown(fresh)
+    assert list(shown(again)) == list(expected)
+    for name, (trained, parameter) in shown(again).items():
+        assert trained == expected[name][0], name
+        assert torch.equal(parameter, expected[name][1]), name
+    row = torch.tensor([[1, 5, 9, 4]])
+    assert torch.equal(again(row).logits, fresh(row).logits)
+    again.save_pretrained(tmp_path)
+    # On a base that has one, too.
+    for model in (architecture.build(), base):
+        loaded = PeftModel.from_pretrained(model, tmp_path)
+        assert torch.equal(loaded(row).logits, fresh(row).logits)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_a_name_again_beside_another_adapter(tuned: Tuned) -> None:
+    add(tuned, "second", 1)
+    ids = tuned.ids(2, 9)
+    expected = logits(tuned, ids, "second")
+    inject_adapter_in_model(S0Config(layers_to_transform=[0]), tuned.model.get_base_model())
+    assert torch.equal(logits(tuned, ids, "second"), expected)
+    assert torch.equal(logits(tuned, ids, "default"), tuned.base(ids).logits)
+    assert sum("default" in layer.configs for layer in tuned.model.base_model.tuner_layers()) == 1
+
+
+@pytest.mark.parametrize("more", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [5]}], ids=str)
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_a_name_again_of_an_adapter_that_trains_more(architecture: Architecture, more: dict) -> None:
+    model = make(architecture, architecture.build(), **more)
+    row = torch.tensor([[1, 5, 9, 4]])
+    expected, config = model(row).logits, model.peft_config["default"]
+    with pytest.raises(ValueError, match=r"has an adapter 'default' already .*Take it away first, by unload\(\)"):
+        inject_adapter_in_model(S0Config(), model.get_base_model())
+    assert model.peft_config["default"] is config
+    assert torch.equal(model(row).logits, expected)

@@ -17,7 +17,7 @@ from test_classes import IDS, Family, hidden
 from torch import Tensor
 from tuned import Tuned, tune
 
-from peft_s0 import S0Config, S0Layer, StateBank
+from peft_s0 import S0Config, S0Layer, StateBank, calibrate_alpha
 
 ROWS = {row.name: row for row in ARCHITECTURES}
 ALPHAS = (0.3, 1.7, 0.9)
@@ -251,6 +251,25 @@ def test_adapters_that_were_made_from_one_config(tuned: Tuned, tmp_path: Path) -
     tuned.model.delete_adapter("ref")
     tuned.model.save_pretrained(tmp_path)
     assert S0Config.from_pretrained(tmp_path).alpha == 0.2
+
+
+def test_models_that_were_made_from_one_config(architecture: Architecture, tmp_path: Path) -> None:
+    """What changes an alpha of one of them changes none of the other, nor what it saves."""
+    config = S0Config(alpha=0.7, init_weights=1.0)
+    changed, kept = (get_peft_model(architecture.build(), config).eval() for _ in range(2))
+    get_peft_model(architecture.build(), S0Config(alpha=2.5)).save_pretrained(tmp_path / "other")
+    for change in (
+        lambda: changed.set_alpha(3.0),
+        lambda: changed.set_alpha({next(iter(named_layers(changed))): 5.0}),
+        lambda: changed.hotswap_adapter(tmp_path / "other", "default"),
+        lambda: calibrate_alpha(changed, lambda model: model.peft_config["default"].alpha, [0.1, 9.0]),
+    ):
+        change()
+        assert alphas(kept) == pytest.approx([0.7] * architecture.states, rel=1e-6)
+        kept.save_pretrained(tmp_path / "kept")
+        saved = S0Config.from_pretrained(tmp_path / "kept")
+        assert (saved.alpha, saved.alpha_pattern) == (0.7, {})
+    assert changed.peft_config["default"].alpha == 9.0
 
 
 def test_combined_and_deleted(tuned: Tuned) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import ARCHITECTURES, Architecture
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 from test_errors import BAD_FILES, change_states
 from test_law import left_pad
@@ -586,6 +586,17 @@ def test_closing_and_unloading(served: Served) -> None:
     with pytest.raises(RuntimeError, match="was closed, or its model was unloaded"):
         bank(ids, tasks=["plain"])
     assert torch.equal(base(ids).logits, served.base(ids).logits)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_the_models_own_adapters_come_and_go(served: Served, copied: Path) -> None:
+    """The slots stay, also in layers that no adapter is left in."""
+    ids = served.tuned.ids(1, 5)
+    inject_adapter_in_model(S0Config(layers_to_transform=[0]), served.model.get_base_model())
+    change_states(copied, BAD_FILES[0][0])
+    with pytest.raises(ValueError, match=BAD_FILES[0][1]):
+        served.model.load_adapter(copied, "refused")
+    assert torch.equal(served.bank(ids, tasks=["strong"]).logits, served.alone("strong")(ids).logits)
 
 
 def test_cast_models_keep_float32_states(served: Served) -> None:

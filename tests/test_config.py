@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from peft import get_peft_model
+from architectures import MAIN, Architecture
+from peft import get_peft_model, inject_adapter_in_model
 from tuned import tune
 
-from peft_s0 import S0Config
+from peft_s0 import S0Config, S0Layer
 
 
 @pytest.mark.parametrize(
@@ -64,23 +68,57 @@ def test_sequences_are_as_they_are_in_a_file(tmp_path: Path) -> None:
 
 
 def test_alpha_is_the_familys_unless_given(architecture) -> None:
-    config = S0Config()
-    get_peft_model(architecture.build(), config)
-    assert config.alpha == architecture.alpha
-    config = S0Config(alpha=0.0)
-    get_peft_model(architecture.build(), config)
-    assert config.alpha == 0.0
+    for alpha, expected in ((None, architecture.alpha), (0.0, 0.0)):
+        model = get_peft_model(architecture.build(), S0Config(alpha=alpha))
+        assert model.peft_config["default"].alpha == expected
 
 
 def test_target_modules_are_written_into_the_config(architecture) -> None:
-    config = S0Config()
-    model = get_peft_model(architecture.build(), config)
+    model = get_peft_model(architecture.build(), S0Config())
+    config = model.peft_config["default"]
     assert len(model.targeted_module_names) == architecture.states
     if architecture.targets is None:
         # Attention stands under the same name.
         assert config.target_modules == set(model.targeted_module_names)
     else:
         assert config.target_modules == architecture.targets
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        get_peft_model,
+        lambda model, config: inject_adapter_in_model(config, model),
+        lambda model, config: model.add_adapter(config),
+    ],
+    ids=["get_peft_model", "inject_adapter_in_model", "add_adapter"],
+)
+def test_one_config_for_several_models(architecture: Architecture, make: Callable) -> None:
+    """Each has a copy, so that nothing that changes one of them reaches another."""
+    config = S0Config(target_modules=["linear_attn", "mamba"], alpha_pattern={r"layers\.0\..*": 0.5})
+    before = copy.deepcopy(config)
+    models = [architecture.build() for _ in range(2)]
+    for model in models:
+        make(model, config)
+    configs = [model.peft_config["default"] for model in models]
+    assert configs[0].alpha == architecture.alpha
+    configs[0].alpha = 3.0
+    configs[0].alpha_pattern.clear()
+    configs[0].target_modules.clear()
+    for model, alphas in zip(models, ({3.0}, {0.5, architecture.alpha}), strict=True):
+        layers = [module for module in model.modules() if isinstance(module, S0Layer)]
+        assert {layer.alpha("default") for layer in layers} == alphas
+    assert configs[1].target_modules
+    # PEFT and transformers write the base model's name into it.
+    assert replace(config, base_model_name_or_path=None) == before
+
+
+def test_one_config_for_several_families() -> None:
+    config = S0Config()
+    for architecture in MAIN:
+        model = get_peft_model(architecture.build(), config)
+        assert model.peft_config["default"].alpha == architecture.alpha
+        assert len(model.targeted_module_names) == architecture.states
 
 
 def test_rank_beyond_the_state(architecture) -> None:

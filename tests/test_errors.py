@@ -116,6 +116,7 @@ def test_what_peft_refuses_last(architecture: Architecture, arguments: dict, err
 def test_what_peft_refuses_last_beside_a_good_adapter(tuned: Tuned, arguments: dict, error: type, message: str) -> None:
     ids = tuned.ids(1, 5)
     expected = tuned.model(ids).logits
+    config, parameters = tuned.model.peft_config["default"], dict(tuned.model.named_parameters())
     trained = {name for name, parameter in tuned.model.named_parameters() if parameter.requires_grad}
     names = [name for name, _ in tuned.model.named_modules()]
     for add in (
@@ -123,12 +124,15 @@ def test_what_peft_refuses_last_beside_a_good_adapter(tuned: Tuned, arguments: d
         lambda: inject_adapter_in_model(S0Config(**arguments), tuned.model.get_base_model(), "second"),
         # Under the name of the one that is there.
         lambda: inject_adapter_in_model(S0Config(target_modules=["nothing"]), tuned.model.get_base_model()),
+        lambda: inject_adapter_in_model(S0Config(variant="both", **arguments), tuned.model.get_base_model()),
+        lambda: inject_adapter_in_model(S0Config(layers_to_transform=[0], **arguments), tuned.model.get_base_model()),
     ):
         with pytest.raises((error, NoMatchingPeftModuleError)):
             add()
         assert list(tuned.model.peft_config) == ["default"]
-        assert tuned.model.peft_config["default"].alpha == 0.7
+        assert tuned.model.peft_config["default"] is config
         assert [name for name, _ in tuned.model.named_modules()] == names
+        assert all(parameter is parameters[name] for name, parameter in tuned.model.named_parameters())
         assert {name for name, parameter in tuned.model.named_parameters() if parameter.requires_grad} == trained
         assert torch.equal(tuned.model(ids).logits, expected)
 

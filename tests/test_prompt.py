@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from tuned import states_of, tune
 
-from peft_s0 import S0Config, S0Layer, state_from_prompt
+from peft_s0 import S0Config, S0Layer, calibrate_alpha, compress_adapter, state_from_prompt
 from peft_s0.layer import InitialState
 from peft_s0.mixers import find_mixer
 from peft_s0.probing import final_states, token_rows
@@ -295,9 +297,18 @@ def test_configs_that_do_not_keep_it(config: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         state_from_prompt(MAIN[0].build(), None, ids(3), config=S0Config(**config))
     if "init_weights" not in config:
+        model = MAIN[0].build()
         with pytest.raises(ValueError, match=message):
-            S0Config(init_weights="prompt", init_prompt=[1, 2], **config)
-    assert S0Config(init_weights="prompt", init_prompt=[1], alpha=0.5, train_alpha=0.5).train_alpha == 0.5
+            get_peft_model(model, S0Config(init_weights="prompt", init_prompt=[5, 6], **config))
+        assert not any(isinstance(module, S0Layer) for module in model.modules())
+        assert not hasattr(model, "peft_config")
+
+
+def test_a_train_alpha_that_is_alpha() -> None:
+    config = S0Config(init_weights="prompt", init_prompt=ids(5), train_alpha=MAIN[0].alpha)
+    expected = states_of(state_from_prompt(MAIN[0].build(), None, ids(5)))
+    for name, state in states_of(get_peft_model(MAIN[0].build(), config)).items():
+        torch.testing.assert_close(state, expected[name])
 
 
 def test_refusals() -> None:
@@ -325,7 +336,7 @@ def test_a_config_with_a_prompt_starts_there(tmp_path: Path) -> None:
     base = load_base().train()
     config = S0Config(init_weights="prompt", init_prompt=TEXT, l2_lambda=0.0)
     model = get_peft_model(base, config)
-    assert config.alpha == 0.07
+    assert model.peft_config["default"].alpha == 0.07
     assert model.training
     model.eval()
     for name, state in states_of(model).items():
@@ -351,6 +362,76 @@ def test_a_config_with_a_prompt_starts_there(tmp_path: Path) -> None:
     transformers_own = load_base()
     transformers_own.load_adapter(str(tmp_path))
     assert torch.equal(transformers_own(row).logits, model(row).logits)
+
+
+def _hotswap(model: PeftModel, folder: Path, **config: object) -> None:
+    other = get_peft_model(load_base(), S0Config(init_weights=1.0, **config))
+    other.save_pretrained(folder)
+    model.hotswap_adapter(folder, "default")
+
+
+def _calibrate(model: PeftModel, folder: Path) -> None:
+    first, *others = model.base_model.tuner_layers()
+    calibrate_alpha(
+        model, lambda _: sum(x.alpha("default") for x in others) - first.alpha("default"), [1.0], per_layer=1
+    )
+    assert first.alpha("default") == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model, folder: model.set_alpha(0.0),
+        lambda model, folder: model.set_alpha({"layers.0.linear_attn": 0.0}),
+        _calibrate,
+        partial(_hotswap, normalize=True),
+        partial(_hotswap, train_alpha=1.0),
+    ],
+    ids=["alpha", "alpha of a layer", "calibrate_alpha", "normalize", "train_alpha"],
+)
+def test_what_was_changed_since_is_loaded(tmp_path: Path, change: Callable) -> None:
+    """No prompt runs where states are loaded, so that nothing has to hold one."""
+    model = get_peft_model(load_base(), S0Config(init_weights="prompt", init_prompt=TEXT, alpha=1.0)).eval()
+    change(model, tmp_path / "other")
+    row = torch.tensor([[1, 5, 9]])
+    expected = model(row).logits
+    model.save_pretrained(tmp_path)
+    for trainable in (False, True):
+        loaded = PeftModel.from_pretrained(load_base(), tmp_path, is_trainable=trainable).eval()
+        assert torch.equal(loaded(row).logits, expected)
+    transformers_own = load_base()
+    transformers_own.load_adapter(str(tmp_path))
+    assert torch.equal(transformers_own(row).logits, expected)
+    # transformers saves a config that is not for inference.
+    transformers_own.peft_config["default"].inference_mode = False
+    transformers_own.save_pretrained(tmp_path / "again")
+    assert torch.equal(PeftModel.from_pretrained(load_base(), tmp_path / "again")(row).logits, expected)
+
+
+@pytest.mark.parametrize("architecture", MAIN, ids=lambda row: row.name)
+def test_a_prompt_and_learnt_alphas(architecture: Architecture) -> None:
+    expected = states_of(state_from_prompt(architecture.build(), None, ids(7)))
+    config = S0Config(init_weights="prompt", init_prompt=ids(7), learn_alpha=True)
+    model = get_peft_model(architecture.build(), config)
+    for name, state in states_of(model).items():
+        torch.testing.assert_close(state, expected[name])
+    for layer in model.base_model.tuner_layers():
+        assert layer.alpha("default") == pytest.approx(architecture.alpha, rel=1e-6)
+
+
+@pytest.mark.parametrize("architecture", MAIN, ids=lambda row: row.name)
+def test_a_state_that_came_from_a_prompt_is_compressed(architecture: Architecture, tmp_path: Path) -> None:
+    model = get_peft_model(architecture.build(), S0Config(init_weights="prompt", init_prompt=ids(7))).eval()
+    errors = compress_adapter(model, "default", 4, "small")
+    assert all(0 < error < 1 for error in errors.values())
+    config = model.peft_config["small"]
+    assert (config.init_weights, config.init_prompt, config.rank) == (True, None, 4)
+    model.set_adapter("small")
+    row = torch.tensor([ids(5, seed=1)])
+    model.save_pretrained(tmp_path, selected_adapters=["small"])
+    assert torch.equal(
+        PeftModel.from_pretrained(architecture.build(), tmp_path / "small")(row).logits, model(row).logits
+    )
 
 
 def test_a_second_adapter_that_starts_from_ids() -> None:
