@@ -100,7 +100,10 @@ class InitialState(Float32Module):
         self._created = self.weight._version
         # The states of an adapter for inference are loaded; its first values stand for nothing.
         # In int8 those for training are, too: transformers cannot read them, and would train the first values.
-        self.awaited = config.inference_mode or config.awaits_int8
+        # And a prompt does not run for a config that came from a file, so that its first values are not the prompt's.
+        self.awaited = (
+            config.inference_mode or config.awaits_int8 or (config.awaits_states and config.init_weights == "prompt")
+        )
         # Whether a loader put another parameter in place of the first, whose values nobody has looked at.
         self.replaced = False
         # What was loaded, until accelerate has placed the model.
@@ -671,8 +674,9 @@ NOT_LOADED = (
     "A state of an S0 adapter for inference was never loaded: the file or state dict had none of its name and shape. "
     "transformers' own load_adapter and from_pretrained do not translate all names between the classes of a model, as "
     "from text-only to vision-language, nor read states stored in int8. PeftModel.from_pretrained does: take this "
-    "adapter away with delete_adapter and load it so. For an adapter that is to start from its first values, set "
-    "inference_mode=False before it is made: dataclasses.replace(config, inference_mode=False)."
+    "adapter away with delete_adapter and load it so. For an adapter that is to start from its first values or its "
+    "prompt, set inference_mode=False before it is made, in a copy of the config: dataclasses.replace(config, "
+    "inference_mode=False)."
 )
 
 STAYS_WARNING = (

@@ -6,6 +6,7 @@ import copy
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,15 @@ import pytest
 import torch
 import transformers
 from architectures import ARCHITECTURES, MAIN, Architecture, mixers
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from peft.tuners.lora import LoraLayer
 from reference import with_slow_mixers
 from torch import Tensor
@@ -406,6 +415,30 @@ def test_what_was_changed_since_is_loaded(tmp_path: Path, change: Callable) -> N
     transformers_own.peft_config["default"].inference_mode = False
     transformers_own.save_pretrained(tmp_path / "again")
     assert torch.equal(PeftModel.from_pretrained(load_base(), tmp_path / "again")(row).logits, expected)
+
+
+@pytest.mark.parametrize("architecture", MAIN, ids=lambda row: row.name)
+def test_a_config_from_a_file_for_a_new_adapter(architecture: Architecture, tmp_path: Path) -> None:
+    """Whether states will be loaded cannot be known when it is made: without them it is refused where it is used."""
+    model = get_peft_model(architecture.build(), S0Config(init_weights="prompt", init_prompt=ids(7))).eval()
+    row = torch.tensor([ids(5, seed=1)])
+    model.save_pretrained(tmp_path)
+    config = S0Config.from_pretrained(tmp_path)
+    config.inference_mode = False
+    second = get_peft_model(architecture.build(), S0Config(), "first")
+    second.add_adapter("default", config)
+    second.set_adapter("default")
+    injected = inject_adapter_in_model(config, architecture.build())
+    for made in (get_peft_model(architecture.build(), config), second, injected):
+        for mode in (True, False):
+            with pytest.raises(
+                RuntimeError, match=r"its prompt, .*dataclasses\.replace\(config, inference_mode=False\)"
+            ):
+                made.train(mode)(row)
+    # The states in time, or the prompt.
+    set_peft_model_state_dict(second, get_peft_model_state_dict(model))
+    for made in (second, get_peft_model(architecture.build(), replace(config, inference_mode=False))):
+        assert torch.equal(made.eval()(row).logits, model(row).logits)
 
 
 @pytest.mark.parametrize("architecture", MAIN, ids=lambda row: row.name)
