@@ -39,15 +39,19 @@ class Announcement:
 
     def say(self, told: dict[str, Any]) -> None:
         """Say something in place of what was said before."""
-        self.told[taps.thread()] = told
+        if told:
+            self.told[taps.thread()] = told
+        elif self.told:
+            self.take()
 
     def hear(self) -> dict[str, Any]:
         """What was said."""
-        return self.told.get(taps.thread(), {})
+        # Asked at every token, so no call too many.
+        return self.told.get(taps.thread(), {}) if self.told else {}
 
     def take(self) -> dict[str, Any]:
         """What was said, which no one hears again."""
-        return self.told.pop(taps.thread(), {})
+        return self.told.pop(taps.thread(), {}) if self.told else {}
 
 
 @dataclass

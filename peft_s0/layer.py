@@ -420,8 +420,8 @@ class S0Layer(nn.Module, BaseTunerLayer):
 
     def _holds(self, kind: str) -> bool:
         """Whether an adapter of the next call has a tensor of this kind. Asked at every token, so no call too many."""
-        held = self._kept(kind)
-        return bool(held) and _any_in(self._called, held)
+        kept: Any = self._modules[kind]
+        return bool(kept._modules) and _any_in(self._called, kept._modules)
 
     def _kept(self, kind: str) -> Mapping[str, Any]:
         """The modules that hold what adapters have learnt, by the adapters' names.
