@@ -96,14 +96,15 @@ class InitialState(Float32Module):
         stored = shape if self.rank is None else (shape[0], shape[1] + shape[2], self.rank)
         # float32 whatever the base model's dtype: kernels keep the recurrent state in float32, bf16 models included.
         self.weight = nn.Parameter(torch.zeros(stored, dtype=torch.float32, device=device))
-        self._initialize(config.init_weights)
-        self._created = self.weight._version
         # The states of an adapter for inference are loaded; its first values stand for nothing.
         # In int8 those for training are, too: transformers cannot read them, and would train the first values.
         # And a prompt does not run for a config that came from a file, so that its first values are not the prompt's.
         self.awaited = (
             config.inference_mode or config.awaits_int8 or (config.awaits_states and config.init_weights == "prompt")
         )
+        if not self.awaited:
+            self._initialize(config.init_weights)
+        self._created = self.weight._version
         # Whether a loader put another parameter in place of the first, whose values nobody has looked at.
         self.replaced = False
         # What was loaded, until accelerate has placed the model.

@@ -74,6 +74,14 @@ def test_config_round_trip(tuned: Tuned, folder: Path) -> None:
     assert actual == expected
 
 
+def test_loading_for_inference_draws_no_random_numbers(tuned: Tuned, folder: Path) -> None:
+    """States that are about to be loaded have no first values to be drawn."""
+    base, before = tuned.architecture.build(), torch.get_rng_state()
+    assert S0Config.from_pretrained(folder).init_weights == 1.0
+    PeftModel.from_pretrained(base, folder)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_trainable_and_low_memory_loading(tuned: Tuned, folder: Path) -> None:
     ids = tuned.ids(2, 9)
     for arguments in ({"is_trainable": True}, {"low_cpu_mem_usage": True}):
