@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -409,20 +410,31 @@ def test_a_mixer_that_raises_leaves_nothing_frozen(tuned: Tuned, error: type[Bas
         assert torch.equal(tuned.model(ids).logits, tuned.base(ids).logits)
 
 
+def interrupt(tuned: Tuned, call: Callable[[], object]) -> None:
+    """Ctrl-C in the first mixer of a call."""
+
+    def press(*args):
+        raise KeyboardInterrupt
+
+    handle = _mixers(tuned)[0].out_proj.register_forward_pre_hook(press)
+    with pytest.raises(KeyboardInterrupt):
+        call()
+    handle.remove()
+
+
+def padded_call(tuned: Tuned) -> Callable[[], object]:
+    """Of the model without PEFT around it, which nothing cleans up behind an interrupt."""
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[0, :4] = 0
+    return partial(tuned.model.get_base_model(), tuned.ids(2, 9), attention_mask=mask)
+
+
 def test_an_interrupt_of_the_model_without_peft_around_it(tuned: Tuned) -> None:
     """No hook runs after an interrupt from the keyboard: the next call puts the parts back, and no weight is missing
     meanwhile."""
-    ids, mask = tuned.ids(2, 9), torch.ones(2, 9, dtype=torch.long)
-    mask[0, :4] = 0
+    ids = tuned.ids(2, 9)
     expected = tuned.model(ids).logits
-
-    def interrupt(*args):
-        raise KeyboardInterrupt
-
-    handle = _mixers(tuned)[0].out_proj.register_forward_pre_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        tuned.model.get_base_model()(ids, attention_mask=mask)
-    handle.remove()
+    interrupt(tuned, padded_call(tuned))
     weights = tuned.base.state_dict()
     assert weights.keys() <= {name.removeprefix("base_model.model.") for name in tuned.model.state_dict()}
     assert torch.equal(tuned.model(ids).logits, expected)
@@ -433,32 +445,17 @@ def test_an_interrupt_of_the_model_without_peft_around_it(tuned: Tuned) -> None:
 @torch.no_grad()
 def test_an_interrupted_step_is_forgotten(tuned: Tuned) -> None:
     ids, cache = tuned.ids(2, 9), tuned.architecture.make_cache(tuned.model.config, 2)
-
-    def interrupt(*args):
-        raise KeyboardInterrupt
-
     call = partial(tuned.model, **{tuned.architecture.cache: cache}, use_cache=True)
     expected = call(ids).logits
     call(ids[:, :1])
-    handle = _mixers(tuned)[0].out_proj.register_forward_pre_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        call(ids[:, :1])
-    handle.remove()
+    interrupt(tuned, lambda: call(ids[:, :1]))
     cache.reset()
     assert torch.equal(call(ids).logits, expected)
 
 
 def test_unload_after_an_interrupt(tuned: Tuned) -> None:
-    ids, mask = tuned.ids(2, 9), torch.ones(2, 9, dtype=torch.long)
-    mask[0, :4] = 0
-
-    def interrupt(*args):
-        raise KeyboardInterrupt
-
-    handle = _mixers(tuned)[0].out_proj.register_forward_pre_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        tuned.model.get_base_model()(ids, attention_mask=mask)
-    handle.remove()
+    ids = tuned.ids(2, 9)
+    interrupt(tuned, padded_call(tuned))
     base = tuned.model.unload()
     assert [type(module) for module in base.modules()] == [type(module) for module in tuned.base.modules()]
     assert torch.equal(base(ids).logits, tuned.base(ids).logits)
