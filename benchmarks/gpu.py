@@ -27,7 +27,7 @@ from transformers import FalconH1Config, Qwen3_5TextConfig
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parent))
-from overhead import ATTENTION, LORA, decode, lora, prefill, tokens
+from overhead import ATTENTION, LORA, decode, lora, on_cache, prefill, tokens
 from timing import clock, environment, interleave, parser, ratio, report
 
 from peft_s0 import S0Config
@@ -140,7 +140,7 @@ def moved(model: nn.Module, rows: int) -> int:
     """Bytes that a decoding step cannot do without: each weight once, each recurrent state out of memory and back."""
     cache = transformers.DynamicCache(config=model.config)
     ids = torch.ones(1, 1, dtype=torch.long, device=next(model.parameters()).device)
-    model(input_ids=ids, past_key_values=cache, use_cache=True)
+    model(input_ids=ids, **on_cache(model, cache))
     states = [state for layer in cache.layers for state in getattr(layer, "recurrent_states", {}).values()]
     return sum(weight.nbytes for weight in model.parameters()) + 2 * rows * sum(state.nbytes for state in states)
 

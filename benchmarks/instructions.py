@@ -28,7 +28,7 @@ from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parent))
 from handling import TINY
-from overhead import LORA, METHODS, base, tokens
+from overhead import LORA, METHODS, base, on_cache, tokens
 from timing import environment, parser, report
 
 COUNTED = {method: METHODS[method] for method in ("base", "S0", LORA)}
@@ -50,8 +50,9 @@ def count(run: Callable[[], object]) -> None:
 def steps(model: nn.Module) -> None:
     """Count steps behind a prompt."""
     ids, cache = tokens("cpu", 1, 16), DynamicCache(config=model.config)
-    model(input_ids=ids, past_key_values=cache, use_cache=True)
-    count(partial(model, input_ids=ids[:, :1], past_key_values=cache, use_cache=True))
+    call = on_cache(model, cache)
+    model(input_ids=ids, **call)
+    count(partial(model, input_ids=ids[:, :1], **call))
 
 
 def prefills(mask: Tensor | None, model: nn.Module) -> None:

@@ -15,17 +15,20 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import DynamicCache, Qwen3_5ForCausalLM, Qwen3_5TextConfig, StaticCache
+from transformers import Cache, DynamicCache, Qwen3_5ForCausalLM, Qwen3_5TextConfig, StaticCache
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parent))
 from timing import clock, environment, interleave, parser, ratio, report
 
 from peft_s0 import S0Config
+from peft_s0.mixers import cache_argument
+from peft_s0.probing import base_of
 
 VOCABULARY = 512
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -85,6 +88,11 @@ def prefill(ids: Tensor, mask: Tensor | None, model: nn.Module) -> float:
     return elapsed()
 
 
+def on_cache(model: nn.Module, cache: Cache) -> dict[str, Any]:
+    """Arguments that let a call of a model go on with a cache."""
+    return {cache_argument(type(base_of(model))): cache, "use_cache": True}
+
+
 @torch.no_grad()
 def decode(prompt: Tensor, compiled: bool, model: nn.Module) -> float:
     """Milliseconds of a step behind a prompt, the median of several."""
@@ -93,11 +101,12 @@ def decode(prompt: Tensor, compiled: bool, model: nn.Module) -> float:
         step = _COMPILED.setdefault(id(model), torch.compile(model, fullgraph=True, dynamic=False))
     else:
         cache, step = DynamicCache(config=model.config), model
-    model(input_ids=prompt, past_key_values=cache, use_cache=True)
+    call = on_cache(model, cache)
+    model(input_ids=prompt, **call)
     times = []
     for _ in range(STEPS):
         with clock(prompt.device) as elapsed:
-            step(input_ids=prompt[:, :1], past_key_values=cache, use_cache=True)
+            step(input_ids=prompt[:, :1], **call)
         times.append(elapsed())
     return statistics.median(times)
 

@@ -3,7 +3,7 @@
     python docs/make_padding.py
 
 Two tiny random models with random states, on a CPU. "By hand" is what one would try first: a transformers cache whose
-recurrent states are the initial states and whose convolution has seen zeros, passed as `past_key_values`. Each error is
+recurrent states are the initial states and whose convolution has seen zeros, passed to the model. Each error is
 the largest difference of a logit from that of the same row alone, unpadded, in one call with S0, as a share of what the
 states move there at most.
 """
@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from architectures import MAIN, VOCABULARY, Architecture  # noqa: E402
 
 from peft_s0 import S0Config, S0Layer  # noqa: E402
+from peft_s0.mixers import cache_argument  # noqa: E402
 
 PAGE = ROOT / "docs" / "padding-and-packing.md"
 TOKENS = 12
@@ -38,7 +39,8 @@ def by_hand(base: nn.Module, states: dict[int, Tensor]) -> Forward:
     """The base model on a cache that holds the states."""
     convolved: dict[int, Tensor] = {}
     probe = DynamicCache(config=base.config)
-    base(torch.ones(1, 2, dtype=torch.long), past_key_values=probe, use_cache=True)
+    argument = cache_argument(type(base))
+    base(torch.ones(1, 2, dtype=torch.long), use_cache=True, **{argument: probe})
     for index in states:
         convolved[index] = torch.zeros_like(probe.layers[index].conv_states[0])
 
@@ -47,7 +49,7 @@ def by_hand(base: nn.Module, states: dict[int, Tensor]) -> Forward:
         for index, state in states.items():
             cache.update_conv_state(convolved[index].repeat(len(ids), 1, 1), index)
             cache.update_recurrent_state(state.repeat(len(ids), 1, 1, 1), index)
-        return base(ids, past_key_values=cache, use_cache=True, **arguments).logits
+        return base(ids, use_cache=True, **{argument: cache}, **arguments).logits
 
     return forward
 

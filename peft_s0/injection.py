@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from . import kernels, padding, taps
 from .layer import S0Layer
-from .mixers import Call, Mixer, find_mixer, parameter_names
+from .mixers import CACHE_ARGUMENTS, Call, Mixer, cache_of, find_mixer, parameter_names
 from .mixers.views import JoinedRows, Stored, join_rows
 from .offset import Reading
 from .packing import PACKING_ARGUMENTS, Carried, Documents, find_boundaries, find_documents, refuse_boundaries
@@ -94,12 +94,11 @@ class Watched:
         Raises:
             ValueError: if the `adapter_names` that were passed are not one for each row.
         """
-        cache = next((arguments[name] for name in ("past_key_values", "cache_params") if name in arguments), None)
+        cache = cache_of(arguments)
         if cache is None or not all(declaration.steps_by_cache for declaration in self.declarations):
             return
-        named = {declaration.cache_argument: cache for declaration in self.declarations}
         for mixer, layer in zip(self.mixers, self.layers, strict=True):
-            if not layer.declaration.has_past(mixer, named) or layer.reads:
+            if not layer.declaration.has_past(mixer, cache, {}) or layer.reads:
                 return
         routing = self.routing
         if routing.rows is not None:
@@ -298,7 +297,7 @@ def _before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     idle_on = layer.routing.idle_on
     if (
         idle_on is not None
-        and kwargs.get(layer.declaration.cache_argument) is idle_on
+        and kwargs.get(layer.cache_argument) is idle_on
         and kwargs.get("attention_mask") is None
         # Layers that are compiled one by one would be compiled for each cache again.
         and not torch.compiler.is_compiling()
@@ -316,7 +315,11 @@ def _before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         if layer.routing.rows is not None:
             layer.routing.rows.check(kwargs[declaration.input_argument].shape[0])
         return unchanged
-    if declaration.has_past(mixer, kwargs):
+    cache = kwargs.get(layer.cache_argument)
+    if cache is None:
+        kwargs = _rename_cache(layer, kwargs)
+        cache = kwargs.get(layer.cache_argument)
+    if declaration.has_past(mixer, cache, kwargs):
         changed = _continue(mixer, layer, kwargs)
     else:
         kernels.check_device(declaration.kernels, kwargs[declaration.input_argument].device)
@@ -326,6 +329,15 @@ def _before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     return unchanged if changed is None else ((), changed)
 
 
+def _rename_cache(layer: S0Layer, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A mixer's arguments with its cache under the name it has: transformers takes the earlier names, too."""
+    named = [name for name in CACHE_ARGUMENTS if kwargs.get(name) is not None]
+    if not named or layer.declaration.cache_argument is not None:
+        return kwargs
+    cache = {layer.cache_argument: kwargs[named[0]]}
+    return {**{name: value for name, value in kwargs.items() if name not in CACHE_ARGUMENTS}, **cache}
+
+
 def _continue(mixer: nn.Module, layer: S0Layer, kwargs: dict[str, Any]) -> dict[str, Any] | None:
     """A call on a cache that holds a past: pads are frozen, and offsets are read.
 
@@ -333,7 +345,7 @@ def _continue(mixer: nn.Module, layer: S0Layer, kwargs: dict[str, Any]) -> dict[
         What the mixer is to be called with; None: what it is called with.
     """
     declaration = layer.declaration
-    cache: Any = kwargs.get(declaration.cache_argument)
+    cache: Any = kwargs.get(layer.cache_argument)
     hidden_states, mask = kwargs[declaration.input_argument], kwargs.get("attention_mask")
     tokens = hidden_states.shape[1]
     # Asked at every token where the cache alone does not tell, so no call too many.
@@ -350,7 +362,7 @@ def _continue(mixer: nn.Module, layer: S0Layer, kwargs: dict[str, Any]) -> dict[
             # Some models pass the whole sequence's mask on.
             kwargs = {**kwargs, "attention_mask": mask[:, -tokens:]}
     past = cache.get_conv_state(mixer.layer_idx, state_idx=0) if call.offsets else None
-    return declaration.given(call, {**kwargs, declaration.cache_argument: _enter(mixer, layer, call, past)})
+    return declaration.given(call, {**kwargs, layer.cache_argument: _enter(mixer, layer, call, past)})
 
 
 def _start_as_is(mixer: nn.Module, layer: S0Layer, kwargs: dict[str, Any], sequences: int) -> dict[str, Any]:
@@ -362,8 +374,8 @@ def _start_as_is(mixer: nn.Module, layer: S0Layer, kwargs: dict[str, Any], seque
     packed = None if sequences == batch else [0] * sequences
     states = layer.start_states(batch, hidden_states.device, packed)
     held = None if pads is None else padding.held_positions(pads, layer.learnt(states), None)
-    call = Call(kwargs.get(declaration.cache_argument), states, held, arguments=kwargs, starts=True)
-    kwargs[declaration.cache_argument] = _enter(mixer, layer, call)
+    call = Call(kwargs.get(layer.cache_argument), states, held, arguments=kwargs, starts=True)
+    kwargs[layer.cache_argument] = _enter(mixer, layer, call)
     return kwargs
 
 
@@ -385,7 +397,7 @@ def _start(mixer: nn.Module, layer: S0Layer, kwargs: dict[str, Any]) -> dict[str
     learnt = None
     if states is not None and (pads is not None or tokens == 1 or declaration.reads_rows):
         learnt = layer.learnt(states)
-    call = Call(kwargs.get(declaration.cache_argument), states, None, learnt, arguments=kwargs, starts=True)
+    call = Call(kwargs.get(layer.cache_argument), states, None, learnt, arguments=kwargs, starts=True)
     call.offsets = layer.offsets(batch, source)
     if documents is not None:
         _take_apart(call, kwargs, documents, declaration.input_argument)
@@ -401,7 +413,7 @@ def _start(mixer: nn.Module, layer: S0Layer, kwargs: dict[str, Any]) -> dict[str
         call.held = padding.held_positions(None if states is None else pads, learnt, None)
         # With a cache, the base model's own code; without one, some mixers take fused paths that call no parts.
         call.starts = states is not None or call.cache is None
-    kwargs[declaration.cache_argument] = _enter(mixer, layer, call)
+    kwargs[layer.cache_argument] = _enter(mixer, layer, call)
     return declaration.given(call, kwargs)
 
 
@@ -506,7 +518,7 @@ def _run_base_rows(
         output: their output.
     """
     layer = layer_of(mixer)
-    argument = layer.declaration.cache_argument
+    argument = layer.cache_argument
     if stored is not None:
         kwargs = {**kwargs, argument: JoinedRows(kwargs[argument], stored, learnt)}
     _read_offsets(mixer, layer, offsets)

@@ -271,6 +271,7 @@ class S0Layer(nn.Module, BaseTunerLayer):
     def __init__(self, mixer: nn.Module, declaration: Mixer) -> None:
         super().__init__()
         self.declaration = declaration
+        self.cache_argument = declaration.cache_argument_of(mixer)
         self.state_shape = tuple(int(size) for size in declaration.state_shape(mixer))
         self.s0_state = nn.ModuleDict()
         self.s0_offset = nn.ModuleDict()

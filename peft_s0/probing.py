@@ -12,10 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from .mixers import find_mixer, parameter_names
-
-# What models call the cache that they give back, and take.
-_CACHES = ("past_key_values", "cache_params")
+from .mixers import cache_argument, cache_of, find_mixer, parameter_names
 
 
 def token_rows(model: nn.Module, tokenizer: Any, prompts: Any, opens_answer: bool = False) -> list[Tensor]:
@@ -138,19 +135,20 @@ def final_states(model: nn.Module, row: Tensor, chunk_size: int | None = None) -
     if not all(declaration.takes_chunks for declaration in mixers.values()):
         chunk_size = len(row)
     takes_positions = "position_ids" in parameter_names(type(backbone))
-    cache: dict[str, Any] = {}
-    start = 0
+    takes_cache = cache_argument(type(backbone))
+    cache, start = None, 0
     for ids in row.unsqueeze(0).split(chunk_size, dim=1):
         # Told, because some models count them wrongly in a call that continues a sequence.
         positions = torch.arange(start, start + ids.shape[1], device=ids.device).unsqueeze(0)
-        call = {**cache, "position_ids": positions} if takes_positions else cache
+        call: dict[str, Any] = {"position_ids": positions} if takes_positions else {}
+        if takes_cache is not None and cache is not None:
+            call[takes_cache] = cache
         output = backbone(input_ids=ids, use_cache=True, **call)
-        cache = {name: getattr(output, name) for name in _CACHES if getattr(output, name, None) is not None}
+        cache = cache_of(output) if isinstance(output, Mapping) else None
         start += ids.shape[1]
-    kept = next(iter(cache.values()), None)
     # Copies, for the cache may be written to.
     return {
-        mixer: declaration.final_state(mixer, kept)[0].to(torch.float32, copy=True)
+        mixer: declaration.final_state(mixer, cache)[0].to(torch.float32, copy=True)
         for mixer, declaration in mixers.items()
     }
 

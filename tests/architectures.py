@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.models.minimax.modeling_minimax import MiniMaxCache
 from transformers.models.xlstm.modeling_xlstm import xLSTMCache
 
-from peft_s0.mixers import find_mixer
+from peft_s0.mixers import cache_argument, find_mixer
 
 VOCABULARY = 128
 COMMON: dict[str, Any] = {
@@ -141,7 +141,7 @@ class Architecture:
         targets: what `target_modules=None` becomes.
         states: how many recurrent layers the tiny model has.
         gain: factor on the mixers' output projections, so that the mixers reach the logits and an error would show.
-        cache: the model's argument for its cache.
+        masks_steps: whether a call of a single token is given the mask; without attention generate() gives none.
         make_cache: makes an empty one from the model's config, for a number of rows.
         remember: makes a mixer of the tiny model remember its state.
         lacks: what the base model itself cannot do, by the name of the law, with the reason.
@@ -155,10 +155,17 @@ class Architecture:
     targets: frozenset[str]
     states: int
     gain: float = 1.0
-    cache: str = "past_key_values"
+    masks_steps: bool = True
     make_cache: Callable[[Any, int], Any] = lambda config, rows: DynamicCache(config=config)
     remember: Callable[[nn.Module], None] = decay_slowly
     lacks: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def cache(self) -> str:
+        """The model's argument for its cache."""
+        name = cache_argument(self.model_class)
+        assert name is not None
+        return name
 
     @property
     def takes_chunks(self) -> bool:
@@ -345,7 +352,7 @@ ARCHITECTURES = (
         ),
         reference.Mamba2,
         **MAMBA2 | {"targets": frozenset({"mixer"})},
-        cache="cache_params",
+        masks_steps=False,
         lacks=(("continued_conversation", "generate() takes no cache of this model back"),),
     ),
     _row(
@@ -478,7 +485,7 @@ ARCHITECTURES = (
         reference.Mamba1,
         **MAMBA1 | {"targets": frozenset({"mixer"}), "states": 2},
         gain=3.0,
-        cache="cache_params",
+        masks_steps=False,
         lacks=(*NO_PAST, *NO_MATRIX),
     ),
     _row(
@@ -487,7 +494,7 @@ ARCHITECTURES = (
         lambda: transformers.FalconMambaConfig(**COMMON, state_size=8, num_hidden_layers=2),
         reference.NormalizedMamba1,
         **MAMBA1 | {"targets": frozenset({"mixer"}), "states": 2},
-        cache="cache_params",
+        masks_steps=False,
         lacks=(*NO_PAST, *NO_MATRIX),
     ),
     _row(
@@ -598,7 +605,7 @@ ARCHITECTURES = (
         alpha=1.0,
         targets=frozenset({"mlstm_layer"}),
         states=2,
-        cache="cache_params",
+        masks_steps=False,
         make_cache=lambda config, rows: xLSTMCache(config, rows, dtype=torch.float32),
         remember=open_gates,
         lacks=(

@@ -87,7 +87,8 @@ def test_prefill_and_decode(tuned: Tuned) -> None:
         positions = torch.arange(40).expand(2, -1)
 
         def run(part: slice, ids: Tensor = ids, positions: Tensor = positions) -> Tensor:
-            return model(ids[:, part], position_ids=positions[:, part], past_key_values=cache, use_cache=True).logits
+            call = {"position_ids": positions[:, part], tuned.architecture.cache: cache}
+            return model(ids[:, part], use_cache=True, **call).logits
 
         logits = [run(slice(0, 7))]
         # transformers' cache makes its tensors in the first prefill, and finds them in the second.
@@ -106,7 +107,7 @@ def test_the_graph_of_a_step_is_the_base_models(tuned: Tuned) -> None:
         recorder, cache = Recorder(), StaticCache(config=tuned.model.config, max_cache_len=16)
         run = torch.compile(model, backend=recorder, fullgraph=True, dynamic=False)
         for part in (slice(0, 7), slice(7, 8), slice(8, 9)):
-            run(ids[:, part], position_ids=positions[:, part], past_key_values=cache, use_cache=True)
+            run(ids[:, part], position_ids=positions[:, part], use_cache=True, **{tuned.architecture.cache: cache})
         prefill, step = (written_out(graph) for graph in recorder.graphs)
         found.append((prefill, step))
         torch._dynamo.reset()

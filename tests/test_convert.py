@@ -26,6 +26,7 @@ from tuned import states_of, tune
 from peft_s0 import S0Config, convert
 from peft_s0.convert import export_rwkv, export_s0_tuning, import_rwkv, import_s0_tuning
 from peft_s0.export.states import read_start
+from peft_s0.mixers import cache_argument
 from peft_s0.skeleton import load_without_weights
 
 ROWS = {row.name: row for row in ARCHITECTURES}
@@ -92,7 +93,7 @@ def logits_from_a_cache(model: Any, states: dict[int, Tensor], ids: Tensor) -> T
         channels, _, width = mixer.conv1d.weight.shape
         cache.update_conv_state(torch.zeros(len(ids), channels, width), mixer.layer_idx)
         cache.update_recurrent_state(states[mixer.layer_idx].repeat(len(ids), 1, 1, 1), mixer.layer_idx)
-    return model(ids, past_key_values=cache).logits
+    return model(ids, **{cache_argument(type(model)): cache}).logits
 
 
 @pytest.fixture

@@ -79,7 +79,7 @@ def test_the_end_of_a_packed_row(architecture: Architecture, lengths: tuple[int,
 
     def run(*calls: tuple[Tensor, dict]) -> Tensor:
         cache = architecture.make_cache(tuned.model.config, 1)
-        arguments = {mixer.s0.declaration.cache_argument: cache, "attention_mask": None}
+        arguments = {mixer.s0.cache_argument: cache, "attention_mask": None}
         if architecture is MINIMAX:
             arguments["position_embeddings"] = None
         for given, packing in calls:
@@ -100,7 +100,7 @@ def test_a_single_step_is_the_base_models_own(tuned: Tuned) -> None:
     tuned.model(ids[:, :3], use_cache=True, **{tuned.architecture.cache: cache})
     seen = []
     for mixer in mixers(tuned.model):
-        name = mixer.s0.declaration.cache_argument
+        name = mixer.s0.cache_argument
         mixer.register_forward_pre_hook(
             lambda m, args, kwargs, name=name: seen.append((kwargs[name], dict(m.s0.calls))), with_kwargs=True
         )

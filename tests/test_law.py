@@ -16,6 +16,8 @@ from torch import Tensor
 from transformers import StaticCache
 from tuned import Tuned, tune
 
+from peft_s0.mixers import cache_of
+
 
 @pytest.fixture(params=ARCHITECTURES, ids=lambda architecture: architecture.name)
 def architecture(request: pytest.FixtureRequest) -> Architecture:
@@ -52,7 +54,7 @@ def in_chunks(tuned: Tuned, ids: Tensor, ends: list[int], cache=None, mask=None,
     for end in ends:
         call = {tuned.architecture.cache: cache, "position_ids": positions[:, start:end]}
         # Models without attention are given no mask for single steps, as in generate().
-        if mask is not None and (end - start > 1 or tuned.architecture.cache != "cache_params"):
+        if mask is not None and (end - start > 1 or tuned.architecture.masks_steps):
             call["attention_mask"] = mask[:, :end]
         logits.append(tuned.model(ids[:, start:end], use_cache=True, **call).logits)
         start = end
@@ -192,7 +194,8 @@ def test_continued_conversation(tuned: Tuned) -> None:
     ids = tuned.ids(1, 10)
     first = tuned.model.generate(ids, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
     turn = torch.cat([first.sequences, tuned.ids(1, 6, seed=3)], dim=1)
-    second = tuned.model.generate(turn, past_key_values=first.past_key_values, max_new_tokens=5, do_sample=False)
+    cache = {tuned.architecture.cache: cache_of(first)}
+    second = tuned.model.generate(turn, max_new_tokens=5, do_sample=False, **cache)
     fresh = tuned.slow.generate(turn, max_new_tokens=5, do_sample=False, use_cache=False)
     assert torch.equal(second, fresh)
 
@@ -243,8 +246,8 @@ def test_packed_rows(tuned: Tuned) -> None:
 def test_a_packed_row_leaves_the_cache_of_its_last_document(tuned: Tuned) -> None:
     rows = [tuned.ids(1, 9)[0], tuned.ids(1, 5, seed=1)[0]]
     arguments = packed_arguments([9, 5])
-    packed = getattr(tuned.model(torch.cat(rows)[None], use_cache=True, **arguments), tuned.architecture.cache)
-    alone = getattr(tuned.model(rows[1][None], use_cache=True), tuned.architecture.cache)
+    packed = cache_of(tuned.model(torch.cat(rows)[None], use_cache=True, **arguments))
+    alone = cache_of(tuned.model(rows[1][None], use_cache=True))
     # The first layer's alone: with a cache, transformers lets the attention of a packed row run across its documents,
     # and what stands behind the first attention has seen that.
     index = next(i for i, layer in enumerate(alone.layers) if hasattr(layer, "recurrent_states"))

@@ -258,9 +258,9 @@ def test_rows_of_different_variants(architecture: Architecture) -> None:
     names = ["default", "__base__", "second", "__base__", "few"]
     ids, caches = tuned.ids(5, 6), [DynamicCache(config=tuned.model.config) for _ in range(2)]
     for start, end in ((0, 1), (1, 2), (2, 5), (5, 6)):
-        call = {"use_cache": True}
-        actual = tuned.model(ids[:, start:end], adapter_names=names, past_key_values=caches[0], **call).logits
-        expected = tuned.base(ids[:, start:end], past_key_values=caches[1], **call).logits
+        calls = [{"use_cache": True, architecture.cache: cache} for cache in caches]
+        actual = tuned.model(ids[:, start:end], adapter_names=names, **calls[0]).logits
+        expected = tuned.base(ids[:, start:end], **calls[1]).logits
         assert torch.equal(actual[[1, 3]], expected[[1, 3]])
         for row in (0, 2, 4):
             assert not torch.equal(actual[row], expected[row])

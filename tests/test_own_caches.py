@@ -86,12 +86,12 @@ def test_minimax_whose_first_layer_is_recurrent_and_a_batch_with_pads(recurrent_
     tuned = recurrent_first
     rows = [tuned.ids(1, length, seed=length)[0] for length in (9, 4)]
     padded, mask, positions = left_pad(rows)
-    cache, alone = MiniMaxCache(), MiniMaxCache()
-    tuned.base(padded, attention_mask=mask, position_ids=positions, past_key_values=cache)
-    tuned.base(rows[1][None], past_key_values=alone)
+    cache, alone = ({MINIMAX.cache: MiniMaxCache()} for _ in range(2))
+    tuned.base(padded, attention_mask=mask, position_ids=positions, **cache)
+    tuned.base(rows[1][None], **alone)
     step = {"attention_mask": torch.cat([mask, mask[:, -1:]], dim=1), "position_ids": positions[:, -1:] + 1}
-    decoded = tuned.base(padded[:, -1:], past_key_values=cache, **step).logits[1]
-    expected = tuned.base(rows[1][None, -1:], past_key_values=alone, position_ids=positions[1:, -1:] + 1).logits[0]
+    decoded = tuned.base(padded[:, -1:], **cache, **step).logits[1]
+    expected = tuned.base(rows[1][None, -1:], **alone, position_ids=positions[1:, -1:] + 1).logits[0]
     assert float((decoded - expected).abs().max()) > 1e-2
     greedy = {"max_new_tokens": 4, "do_sample": False}
     with pytest.raises(ValueError, match=r"nor a batch that has pads .* use_cache=False"):
@@ -109,9 +109,9 @@ def test_recurrent_gemma_goes_on_by_single_tokens_only() -> None:
     with pytest.raises(ValueError, match=r"by 5 tokens in one call: .* one token at a time"):
         in_chunks(tuned, ids, [4, 9])
     # The base model's fault, pinned here.
-    cache = DynamicCache(config=tuned.base.config)
-    tuned.base(ids[:, :4], past_key_values=cache, use_cache=True)
-    later = tuned.base(ids[:, 4:], past_key_values=cache, use_cache=True).logits
+    cache = {RECURRENT_GEMMA.cache: DynamicCache(config=tuned.base.config)}
+    tuned.base(ids[:, :4], use_cache=True, **cache)
+    later = tuned.base(ids[:, 4:], use_cache=True, **cache).logits
     assert float((later - tuned.base(ids).logits[:, 4:]).abs().max()) > 1e-2
 
 
@@ -169,7 +169,7 @@ def test_rows_of_the_base_model_in_a_padded_batch(tuned: Tuned, side: str) -> No
 
 def states_of_xlstm(tuned: Tuned, ids: Tensor, **arguments: object) -> dict[int, tuple[Tensor, ...]]:
     cache = xLSTMCache(tuned.model.config, len(ids), dtype=torch.float32)
-    tuned.model(ids, cache_params=cache, use_cache=True, **arguments)
+    tuned.model(ids, use_cache=True, **{tuned.architecture.cache: cache}, **arguments)
     return cache.rnn_state
 
 

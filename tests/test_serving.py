@@ -35,6 +35,7 @@ from tuned import tune
 from typer.testing import CliRunner
 
 from peft_s0 import S0Config, StateBank
+from peft_s0.mixers import cache_of
 from peft_s0.serving import BusyError, ClosedError, Engine, Request, TooLongError, UnknownTaskError
 from peft_s0.serving import batch as batch_module
 from peft_s0.serving.app import create_app
@@ -436,7 +437,7 @@ def test_memory_is_bounded(served: Served) -> None:
         def run(self, tasks: Any, starts: bool, **inputs: Any) -> Any:
             output = super().run(tasks, starts, **inputs)
             if not starts:
-                columns.append((len(tasks), inputs["past_key_values"].layers[3].keys.shape[2]))
+                columns.append((len(tasks), cache_of(inputs).layers[3].keys.shape[2]))
             return output
 
     with Watched(served.bank(), served.tokenizer, rows=3, queue=200, max_length=40) as engine:

@@ -2,12 +2,15 @@
 
 from . import fla, gated_delta_rule, lightning_attention, mamba1, mamba2, mamba_ssm, mlstm, rg_lru
 from .base import (
+    CACHE_ARGUMENTS,
     Call,
     Courier,
     Family,
     Gate,
     Mixer,
     Readout,
+    cache_argument,
+    cache_of,
     find_mixer,
     parameter_names,
     register_mixer,
@@ -15,12 +18,15 @@ from .base import (
 )
 
 __all__ = [
+    "CACHE_ARGUMENTS",
     "Call",
     "Courier",
     "Family",
     "Gate",
     "Mixer",
     "Readout",
+    "cache_argument",
+    "cache_of",
     "find_mixer",
     "fla",
     "gated_delta_rule",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
@@ -17,6 +17,8 @@ from .views import SequenceStart
 
 # Attributes of a mixer are read by name, and differ from class to class.
 MixerModule = Any
+# What transformers calls the argument, and the part of an output, that carries a cache: in 5.24 and later the first.
+CACHE_ARGUMENTS = ("cache", "cache_params", "past_key_values")
 Columns = Callable[[MixerModule], "Tensor | slice"]
 
 
@@ -175,7 +177,8 @@ class Mixer:
         family: the recurrence.
         state_shape: from a mixer to the shape of one sequence's state, [heads, ...], as the kernel takes it.
         gates: the projections to freeze at pads.
-        cache_argument: name of the forward argument that carries the cache.
+        cache_argument: name of the forward argument that carries the cache; None: that of `CACHE_ARGUMENTS` which
+            forward has.
         courier: what tells the mixer of packed rows where its model drops that on the way; None: the model tells it.
         kernels: the module of the Triton kernels that the mixer runs on where it can be imported; None: there are none.
         reach: from a mixer to how many tokens its convolution looks back; only if `kernels` take `cu_seq_lens_q` and a
@@ -193,7 +196,7 @@ class Mixer:
     family: Family
     state_shape: Callable[[MixerModule], tuple[int, ...]]
     gates: tuple[Gate, ...] = ()
-    cache_argument: str = "cache_params"
+    cache_argument: str | None = None
     courier: Courier | None = None
     kernels: str | None = None
     reach: Callable[[MixerModule], int] | None = None
@@ -204,14 +207,32 @@ class Mixer:
     readout: Readout | None = None
     takes_chunks: bool = True
 
-    def has_past(self, mixer: MixerModule, arguments: dict[str, Any]) -> bool:
+    def cache_argument_of(self, mixer: MixerModule) -> str:
+        """The forward argument of a mixer that carries its cache.
+
+        Raises:
+            TypeError: if forward has none that is known, so that a sequence that goes on would look like a new one.
+        """
+        if self.cache_argument is not None:
+            return self.cache_argument
+        name = cache_argument(type(mixer))
+        if name is None:
+            raise TypeError(
+                f"S0 does not know how {type(mixer).__name__} takes its cache: expected {' or '.join(CACHE_ARGUMENTS)} "
+                f"among the arguments of its forward, found {', '.join(parameter_names(type(mixer)))}. Install a "
+                "version of peft_s0 that knows this version of the class, or register it with its cache_argument "
+                "(peft_s0.register_mixer)."
+            )
+        return name
+
+    def has_past(self, mixer: MixerModule, cache: Any, arguments: dict[str, Any]) -> bool:
         """Whether a call continues a sequence, since its cache already holds a state of this mixer.
 
         Args:
             mixer: the mixer.
+            cache: what it is called with as its cache.
             arguments: the call's arguments by name.
         """
-        cache = arguments.get(self.cache_argument)
         # Not has_previous_state, which never becomes true of layers that keep several states.
         return cache is not None and cache.get_conv_state(mixer.layer_idx, state_idx=0) is not None
 
@@ -303,7 +324,7 @@ class Mixer:
         if cache is None:
             raise ValueError(
                 f"The model gave back no cache, so the state that {type(mixer).__name__} ends in is not known. Its "
-                "forward pass must take use_cache=True and return past_key_values or cache_params."
+                "forward pass must take use_cache=True and return one."
             )
         return self.cached_state(mixer, cache)
 
@@ -352,6 +373,17 @@ def find_mixer(module_class: type) -> Mixer | None:
         if mixer is not None:
             return mixer
     return None
+
+
+def cache_argument(module_class: Any) -> str | None:
+    """What the forward of a mixer or a model calls its cache, None if it takes none."""
+    names = parameter_names(module_class)
+    return next((name for name in CACHE_ARGUMENTS if name in names), None)
+
+
+def cache_of(named: Mapping[str, Any]) -> Any:
+    """The cache among the arguments or in the output of a model, by name; None if there is none."""
+    return next((named[name] for name in CACHE_ARGUMENTS if named.get(name) is not None), None)
 
 
 def parameter_names(module_class: Any) -> tuple[str, ...]:

@@ -63,7 +63,6 @@ class FLAMixer(Mixer):
     """Declaration of a layer of fla's models.
 
     Args:
-        cache_argument: see `Mixer`.
         kernels: see `Mixer`.
         conv_state: from the layer and the hidden states to what its convolution or token shift starts from.
         modes: kernels that the layer may be configured with for long sequences and that start from a given state.
@@ -71,7 +70,6 @@ class FLAMixer(Mixer):
         counts_pads: whether the layer has positions that are off by the pads in a call that continues a sequence.
     """
 
-    cache_argument: str = "past_key_values"
     kernels: str | None = "fla.ops"
     conv_state: Callable[[MixerModule, Tensor], Any] = lambda mixer, states: (None, None, None)
     modes: tuple[str, ...] = ("chunk", "fused_recurrent")
@@ -88,9 +86,8 @@ class FLAMixer(Mixer):
             f"{' or '.join(map(repr, self.modes))}"
         )
 
-    def has_past(self, mixer: MixerModule, arguments: dict[str, Any]) -> bool:
+    def has_past(self, mixer: MixerModule, cache: Any, arguments: dict[str, Any]) -> bool:
         """See `Mixer.has_past`."""
-        cache = arguments.get(self.cache_argument)
         if cache is None or len(cache) <= mixer.layer_idx:
             return False
         entry = cache[mixer.layer_idx]

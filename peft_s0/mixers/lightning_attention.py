@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..taps import on_input, on_output
-from .base import Call, Family, Mixer, MixerModule, register_mixer
+from .base import Call, Family, Mixer, MixerModule, cache_of, register_mixer
 
 FAMILY = Family("lightning attention", alpha=1.0)
 
@@ -109,14 +109,13 @@ class LightningAttention(Mixer):
     checks: bool = True
     takes_chunks: bool = False
 
-    def has_past(self, mixer: MixerModule, arguments: dict[str, Any]) -> bool:
+    def has_past(self, mixer: MixerModule, cache: Any, arguments: dict[str, Any]) -> bool:
         """See `Mixer.has_past`."""
-        cache = arguments.get(self.cache_argument)
         return cache is not None and cache.get_linear_cache(mixer.layer_idx) is not None
 
     def check(self, backbone: Any, arguments: dict[str, Any]) -> None:
         """See `Mixer.check`."""
-        rows, cache = arguments.get("input_ids", arguments.get("inputs_embeds")), arguments.get("past_key_values")
+        rows, cache = arguments.get("input_ids", arguments.get("inputs_embeds")), cache_of(arguments)
         if rows is None or cache is None or cache.get_linear_cache(0) is None or cache.get_seq_length() > 0:
             return
         mask, tokens = arguments.get("attention_mask"), rows.shape[1]
@@ -146,6 +145,5 @@ register_mixer(
         path="transformers.models.minimax.modeling_minimax.MiniMaxLightningAttention",
         family=FAMILY,
         state_shape=lambda mixer: (mixer.num_attention_heads, mixer.head_dim, mixer.head_dim),
-        cache_argument="past_key_values",
     )
 )

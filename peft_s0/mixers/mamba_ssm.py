@@ -99,16 +99,15 @@ class _Gain:
 class Mamba2Mixer(Mixer):
     """Declaration of mamba-ssm's Mamba-2 layer. See `Mixer`."""
 
-    cache_argument: str = "inference_params"
+    cache_argument: str | None = "inference_params"
     input_argument: str = "u"
 
     def refusal(self, mixer: MixerModule) -> str | None:
         """See `Mixer.refusal`."""
         return None if mixer.process_group is None else "tensor parallelism splits its heads between processes"
 
-    def has_past(self, mixer: MixerModule, arguments: dict[str, Any]) -> bool:
+    def has_past(self, mixer: MixerModule, cache: Any, arguments: dict[str, Any]) -> bool:
         """See `Mixer.has_past`."""
-        cache = arguments.get(self.cache_argument)
         return cache is not None and cache.seqlen_offset > 0
 
     def sequences(self, mixer: MixerModule, kwargs: dict[str, Any]) -> int:

@@ -42,16 +42,15 @@ def _close(held: Tensor, arguments: dict[str, Any]) -> dict[str, Any]:
 class MLSTM(Mixer):
     """Declaration of an mLSTM layer, which is given its state and returns it. See `Mixer`."""
 
-    cache_argument: str = "state"
+    cache_argument: str | None = "state"
     input_argument: str = "x"
     courier: Courier | None = _COURIER
     starts_with_one: bool = True
     checks: bool = True
 
-    def has_past(self, mixer: MixerModule, arguments: dict[str, Any]) -> bool:
+    def has_past(self, mixer: MixerModule, cache: Any, arguments: dict[str, Any]) -> bool:
         """See `Mixer.has_past`. A new cache is all zeros; a token leaves its key in the normalizer."""
-        state = arguments.get("state")
-        return state is not None and bool(state[1].any())
+        return cache is not None and bool(cache[1].any())
 
     def check(self, backbone: Any, arguments: dict[str, Any]) -> None:
         """See `Mixer.check`. In evaluation the model cuts long rows into pieces."""

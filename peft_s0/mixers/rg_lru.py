@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import pad, softplus
 
 from ..taps import on_input, on_output
-from .base import Call, Courier, Family, Mixer, MixerModule, register_mixer
+from .base import Call, Courier, Family, Mixer, MixerModule, cache_of, register_mixer
 
 FAMILY = Family("RG-LRU", alpha=1.0)
 
@@ -94,7 +94,8 @@ class _Recurrence:
 class RGLRU(Mixer):
     """Declaration of a recurrent block around an RG-LRU. See `Mixer`."""
 
-    cache_argument: str = "past_key_values"
+    # Handed on to it, but not read.
+    cache_argument: str | None = "cache"
     input_argument: str = "input_states"
     courier: Courier | None = _COURIER
     starts_with_one: bool = True
@@ -102,14 +103,14 @@ class RGLRU(Mixer):
     checks: bool = True
     takes_chunks: bool = False
 
-    def has_past(self, mixer: MixerModule, arguments: dict[str, Any]) -> bool:
+    def has_past(self, mixer: MixerModule, cache: Any, arguments: dict[str, Any]) -> bool:
         """See `Mixer.has_past`. Only single tokens continue a sequence."""
         positions = arguments["position_ids"]
         return bool(arguments["use_cache"]) and positions.shape[1] == 1 and bool((positions > 0).all())
 
     def check(self, backbone: Any, arguments: dict[str, Any]) -> None:
         """See `Mixer.check`."""
-        rows, cache = arguments.get("input_ids", arguments.get("inputs_embeds")), arguments.get("past_key_values")
+        rows, cache = arguments.get("input_ids", arguments.get("inputs_embeds")), cache_of(arguments)
         if rows is not None and cache is not None and rows.shape[1] > 1 and cache.get_seq_length() > 0:
             raise ValueError(
                 f"RecurrentGemma cannot continue a sequence by {rows.shape[1]} tokens in one call: its convolution "

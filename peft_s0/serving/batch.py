@@ -7,7 +7,6 @@ leave between any two steps, and no row sees another, nor a pad.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +20,8 @@ from transformers.cache_utils import (
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionLayer,
 )
+
+from ..mixers import cache_argument, cache_of, parameter_names
 
 Run = Callable[..., Any]
 """Runs the model: `run(tasks, starts, **inputs)`, with the task of each row and whether sequences start here."""
@@ -39,10 +40,11 @@ class Batch:
 
     def __init__(self, model: nn.Module, run: Run) -> None:
         self._run = run
-        parameters = inspect.signature(model.forward).parameters
+        parameters = parameter_names(type(model))
         self._takes_positions = "position_ids" in parameters
         self._keeps = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
-        self._cache_name = "cache_params" if "cache_params" in parameters else "past_key_values"
+        # A model that takes no cache gives none back, which `join` refuses.
+        self._cache_argument = cache_argument(type(model)) or "cache"
         self.device = next(weight.device for weight in model.parameters() if not weight.is_meta)
         self._cache: Any = None
         # Bool [rows, columns]: which columns of keys and values are a row's own. They are its last ones.
@@ -77,7 +79,7 @@ class Batch:
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
         seen = torch.arange(longest, device=self.device) >= longest - lengths[:, None]
         output = self._run(list(tasks), True, **self._inputs(ids, seen, seen.long()), use_cache=True)
-        cache: Any = getattr(output, self._cache_name, None)
+        cache: Any = cache_of(output)
         kinds = {type(layer).__name__ for layer in getattr(cache, "layers", ()) if type(layer) not in _LAYERS}
         if type(cache) is not DynamicCache or kinds:
             kind = ", ".join([type(cache).__name__, *sorted(kinds)])
@@ -113,7 +115,7 @@ class Batch:
         if not any(isinstance(layer, DynamicLayer) for layer in self._cache.layers):
             # Recurrent layers have no use for it, and some would take it for one of this token.
             del inputs["attention_mask"]
-        output = self._run(list(self._tasks), False, **inputs, use_cache=True, **{self._cache_name: self._cache})
+        output = self._run(list(self._tasks), False, **inputs, use_cache=True, **{self._cache_argument: self._cache})
         return output.logits[:, -1]
 
     def keep(self, rows: Sequence[int]) -> None:

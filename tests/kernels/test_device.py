@@ -44,10 +44,10 @@ def test_without_the_interpreter() -> None:
 def test_only_where_a_sequence_starts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tuned = tune(next(row for row in ARCHITECTURES if row.name == name))
     ids = tuned.ids(1, 3)
-    cache = DynamicCache(config=tuned.model.config)
+    cache = {tuned.architecture.cache: DynamicCache(config=tuned.model.config)}
     with torch.no_grad():
-        tuned.model(ids, past_key_values=cache)
+        tuned.model(ids, **cache)
         monkeypatch.delenv("TRITON_INTERPRET")
-        tuned.model(ids[:, :1], past_key_values=cache)
+        tuned.model(ids[:, :1], **cache)
         with pytest.raises(RuntimeError, match=rf"on the CPU, but {INSTALLED[name]} is installed.*to a GPU.*uninstall"):
             tuned.model(ids)

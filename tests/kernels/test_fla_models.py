@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from peft_s0 import S0Config, registered_mixers, state_from_prompt
 from peft_s0.injection import has_layer, layer_of
-from peft_s0.mixers import find_mixer
+from peft_s0.mixers import cache_of, find_mixer
 from peft_s0.mixers.refused import _CLASSES
 from peft_s0.probing import final_states
 
@@ -172,7 +172,7 @@ def test_every_way_in_is_the_same(case: Case) -> None:
         for end in ends:
             given = {} if mask is None else {"attention_mask": mask[:, :end]}
             out = model(ids[:, start:end], past_key_values=cache, use_cache=True, **given)
-            cache, start = out.past_key_values, end
+            cache, start = cache_of(out), end
             logits.append(out.logits)
         assert type(cache).__module__.startswith("fla.")
         return torch.cat(logits, dim=1)
@@ -215,7 +215,7 @@ def test_greedy_generation_of_a_padded_batch(case: Case) -> None:
 def test_the_state_that_a_prompt_ends_in(case: Case) -> None:
     """In one call, in pieces, and as an adapter: what fla's own cache holds, in the layout of a state."""
     model, ids = case.build(), ids_of(1, 4)
-    cache = model(ids, use_cache=True).past_key_values
+    cache = cache_of(model(ids, use_cache=True))
     whole, pieces = final_states(model, ids[0]), final_states(model, ids[0], chunk_size=3)
     assert whole
     for mixer, state in whole.items():
@@ -241,7 +241,7 @@ def test_right_pads_leave_the_end_of_the_row_in_the_cache(case: Case) -> None:
     mask = torch.tensor([[1, 1, 0, 0]])
     padded, alone = model(ids, attention_mask=mask, use_cache=True), model(ids[:, :2], use_cache=True)
     # The first layer's: further up, RWKV models see pads in their shifts of tokens.
-    end, expected = (out.past_key_values[0]["recurrent_state"] for out in (padded, alone))
+    end, expected = (cache_of(out)[0]["recurrent_state"] for out in (padded, alone))
     torch.testing.assert_close(end, expected, atol=1e-6, rtol=0)
 
 

@@ -13,6 +13,8 @@ from test_gradients import assert_equal, gradients, loss_of, reference_gradients
 from test_law import in_chunks, left_pad, packed_arguments
 from tuned import Tuned, tune
 
+from peft_s0.mixers import cache_of
+
 
 @dataclass(frozen=True)
 class Kernels:
@@ -51,7 +53,7 @@ def test_sequence_and_final_state(tuned: Tuned, kernels: Kernels, launches: Coun
     output = tuned.model(ids, use_cache=True)
     assert launches[kernels.sequence] == tuned.architecture.states
     tuned.assert_equal(output.logits, tuned.expected(ids), tuned.effect(ids))
-    cache = getattr(output, tuned.architecture.cache)
+    cache = cache_of(output)
     twins = [module for module in tuned.slow.modules() if isinstance(module, SlowMixer)]
     assert len(twins) == tuned.architecture.states
     for twin in twins:
@@ -134,7 +136,7 @@ def test_documents_stay_in_one_row_where_the_kernels_tell_them_apart(tuned: Tune
     alone = tuned.model(rows[-1][None], use_cache=True)
     # The first layer's only: with a cache, transformers lets attention run across the documents.
     first = mixers(tuned.model)[0].layer_idx
-    actual, expected = (getattr(output, tuned.architecture.cache).layers[first] for output in (packed, alone))
+    actual, expected = (cache_of(output).layers[first] for output in (packed, alone))
     for name in ("recurrent_states", "conv_states"):
         torch.testing.assert_close(getattr(actual, name)[0], getattr(expected, name)[0], atol=2e-6, rtol=0)
 
