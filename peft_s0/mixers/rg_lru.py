@@ -15,6 +15,7 @@ seen from here: search with `use_cache=False`.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import pad, softplus
 
 from ..taps import on_input, on_output
-from .base import Call, Courier, Family, Mixer, MixerModule, cache_of, register_mixer
+from .base import Call, Courier, Family, Mixer, MixerModule, cache_argument, cache_of, register_mixer
 
 FAMILY = Family("RG-LRU", alpha=1.0)
 
@@ -94,14 +95,18 @@ class _Recurrence:
 class RGLRU(Mixer):
     """Declaration of a recurrent block around an RG-LRU. See `Mixer`."""
 
-    # Handed on to it, but not read.
-    cache_argument: str | None = "cache"
     input_argument: str = "input_states"
     courier: Courier | None = _COURIER
     starts_with_one: bool = True
     reads_rows: bool = True
     checks: bool = True
     takes_chunks: bool = False
+
+    def cache_argument_of(self, mixer: MixerModule) -> str:
+        """See `Mixer.cache_argument_of`. It does not read its cache, and is called with it as the layer around it is."""
+        name = cache_argument(vars(sys.modules[type(mixer).__module__])["RecurrentGemmaDecoderLayer"])
+        assert name is not None, "layers take a cache"
+        return name
 
     def has_past(self, mixer: MixerModule, cache: Any, arguments: dict[str, Any]) -> bool:
         """See `Mixer.has_past`. Only single tokens continue a sequence."""
