@@ -59,12 +59,16 @@ class Recorder:
 def written_out(graph: torch.fx.Graph) -> tuple[set[str], list[object]]:
     """What a graph is made from, by names in the base model, and what it does with that, line by line."""
     # The wrappers around the base model, as the source of each tensor spells them.
-    wrappers = "dict_modules_base_model_dict_modules_model_modules_"
+    wrappers = {"dict_modules_base_model_dict_modules_model_modules_": "modules_"}
+    # transformers' decorators hand on what they are given.
+    wrappers |= {"L_args_0_": "L_self_", "L_kwargs_": "L_"}
     names: dict[torch.fx.Node, str] = {}
     inputs, lines = set(), []
     for node in graph.nodes:
         if node.op == "placeholder":
-            names[node] = str(node.target).replace(wrappers, "modules_")
+            names[node] = str(node.target)
+            for wrapped, plain in wrappers.items():
+                names[node] = names[node].replace(wrapped, plain)
             inputs.add(names[node])
         else:
             names[node] = f"line {len(lines)}"
@@ -107,7 +111,8 @@ def test_the_graph_of_a_step_is_the_base_models(tuned: Tuned) -> None:
         recorder, cache = Recorder(), StaticCache(config=tuned.model.config, max_cache_len=16)
         run = torch.compile(model, backend=recorder, fullgraph=True, dynamic=False)
         for part in (slice(0, 7), slice(7, 8), slice(8, 9)):
-            run(ids[:, part], position_ids=positions[:, part], use_cache=True, **{tuned.architecture.cache: cache})
+            call = {"input_ids": ids[:, part], "position_ids": positions[:, part], tuned.architecture.cache: cache}
+            run(**call, use_cache=True)
         prefill, step = (written_out(graph) for graph in recorder.graphs)
         found.append((prefill, step))
         torch._dynamo.reset()
