@@ -7,6 +7,10 @@ KERNELS := .venv-kernels
 RUN_KERNELS := $(KERNELS)/bin/python
 # DeepSpeed, which is imported wherever it is installed, too: a folder, which its tests alone look into.
 DEEPSPEED := .deepspeed
+# The newest transformers, which calls caches otherwise than that of constraints.txt: a folder, which these tests alone
+# look into. Its own adapter methods ask for a PEFT that is not there yet.
+NEWEST := .newest
+NEWEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,law gradients corrections own_caches rows offset cost))
 # The site is built from the sources as they stand, without importing them.
 SITE := .venv-site
 # llama.cpp is built from the source distribution of llama-cpp-python, once for each content of its constraints: its stamp
@@ -19,20 +23,23 @@ LLAMA_CPP := $(LLAMA)/src/vendor/llama.cpp
 MLX := .venv-mlx
 RUN_MLX := $(MLX)/bin/python
 
-.PHONY: quickstart test environments lint ratios kernels site deepspeed llama mlx
+.PHONY: quickstart test environments lint ratios kernels newest site deepspeed llama mlx
 
 quickstart: $(VENV)/examples
 	$(RUN) examples/quickstart.py
 
-test: environments lint ratios site kernels
+test: environments lint ratios site kernels newest
 	$(RUN) -m pytest -n 2 --dist loadgroup
 
 # pip keeps one core busy, mostly with compiling what it has installed.
 environments:
-	$(MAKE) --jobs 2 $(VENV)/dev $(DEEPSPEED)/installed $(KERNELS)/kernels $(SITE)/site
+	$(MAKE) --jobs 2 $(VENV)/dev $(DEEPSPEED)/installed $(NEWEST)/installed $(KERNELS)/kernels $(SITE)/site
 
 kernels: $(KERNELS)/kernels
 	$(RUN_KERNELS) -m pytest -n 2 -p tests.kernels.interpreter tests/kernels
+
+newest: $(NEWEST)/installed
+	PYTHONPATH=$(NEWEST) $(RUN) -m pytest -n 2 --dist loadgroup $(NEWEST_TESTS)
 
 deepspeed: $(DEEPSPEED)/installed
 	$(RUN) -m pytest -n 2 tests/test_distributed.py -k deepspeed
@@ -79,6 +86,11 @@ $(SITE)/site: constraints.txt
 $(DEEPSPEED)/installed: $(VENV)/dev
 	$(RUN) -m pip install --quiet --target $(DEEPSPEED) --upgrade --no-build-isolation --no-deps \
 		--constraint constraints.txt deepspeed einops hjson msgpack py-cpuinfo
+	touch $@
+
+# Without its dependencies, which are there.
+$(NEWEST)/installed: $(VENV)/dev constraints-newest.txt
+	$(RUN) -m pip install --quiet --target $(NEWEST) --upgrade --no-deps --constraint constraints-newest.txt transformers
 	touch $@
 
 $(LLAMA)/llama: pyproject.toml constraints.txt $(LLAMA_BUILT)

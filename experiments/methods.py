@@ -8,6 +8,8 @@ from typing import Any
 
 from peft import PeftConfig, get_peft_config
 from torch import nn
+from transformers.integrations.peft import MIN_PEFT_VERSION
+from transformers.utils.peft_utils import check_peft_version
 
 import peft_s0  # noqa: F401  makes S0 known to PEFT
 from peft_s0.mixers import find_mixer
@@ -130,12 +132,16 @@ def recipe(training: Training, model: nn.Module) -> Recipe:
     """What a training is on a model.
 
     Raises:
-        ValueError: If LoRA's targets on the model are not known, or the model has no recurrent layers to choose from.
+        ValueError: If LoRA's targets on the model are not known, or the model has no recurrent layers to choose from;
+            for a prefix, if PEFT is older than transformers asks for.
     """
     method = METHODS[training.method]
     if method is None:
         raise ValueError("The base model is not trained.")
     config, learning_rate = {"task_type": "CAUSAL_LM", **method.config}, method.learning_rate
+    if config["peft_type"] == "PREFIX_TUNING":
+        # It is passed to the model as a cache, and under a name that is no longer in use it is not seen.
+        check_peft_version(min_version=MIN_PEFT_VERSION)
     if config["peft_type"] == "LORA":
         model_type = model.config.model_type.removesuffix("_text")
         if model_type not in FAMILIES:

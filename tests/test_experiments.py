@@ -377,6 +377,12 @@ def test_every_method(model: Path, data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_prefix_that_transformers_would_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods, "MIN_PEFT_VERSION", "99.0")
+    with pytest.raises(ValueError, match=r"PEFT .* version >= 99\.0"):
+        methods.recipe(Training("prefix"), torch.nn.Linear(1, 1))
+
+
 def test_a_prefix_on_a_pure_transformer(model: Path, data: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     config = Qwen2Config(
