@@ -80,7 +80,7 @@ class S0Callback(TrainerCallback):
                 f"S0Callback: {type(model).__name__} has no S0 layer. Pass peft_config=S0Config() to the trainer, or "
                 "leave the callback out."
             )
-        self._steps = OptimizerSteps(model, getattr(kwargs.get("optimizer"), "scaler", None))
+        self._steps = OptimizerSteps(model, getattr(kwargs.get("optimizer"), "scaler", None), may_stop=True)
         if state.is_world_process_zero:
             _warn_of_standstill(args, state, kwargs.get("optimizer"), kwargs.get("lr_scheduler"))
 

@@ -92,7 +92,7 @@ class InitialState(Float32Module):
         self.shape = shape
         self.cast = cast
         self.rank = config.rank
-        self.l2_lambda = config.l2_lambda
+        self.config = config
         stored = shape if self.rank is None else (shape[0], shape[1] + shape[2], self.rank)
         # float32 whatever the base model's dtype: kernels keep the recurrent state in float32, bf16 models included.
         self.weight = nn.Parameter(torch.zeros(stored, dtype=torch.float32, device=device))
@@ -111,6 +111,11 @@ class InitialState(Float32Module):
         self.loaded: Tensor | None = None
         # Whether the parameter was seen as a shard (FSDP2); a forward pass sees it whole.
         self.sharded = False
+
+    @property
+    def l2_lambda(self) -> float:
+        """Weight of the penalty, as the config says it now."""
+        return self.config.l2_lambda
 
     def forward(self, use: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """The state [heads, ...] in float32, unscaled; never the parameter itself, whose memory FSDP takes back.
