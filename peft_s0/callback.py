@@ -191,8 +191,8 @@ def _warn_of_standstill(args: TrainingArguments, state: TrainerState, optimizer:
             schedule = type(lr_scheduler).__name__
         warnings.warn(
             f"S0Callback: with learning_rate={rate:g}, schedule {schedule!r} and {state.max_steps} steps, Adam moves "
-            f"an entry of a state by about {travel:.1g} at most, which leaves it close to where it started. The paper's "
-            "recipe, learning_rate=1e-3 and lr_scheduler_type='constant' for 20 steps, allows 0.02.",
+            f"an entry of a state by about {travel:.1g} at most, which leaves it close to where it started. The "
+            "paper's recipe, learning_rate=1e-3 and lr_scheduler_type='constant' for 20 steps, allows 0.02.",
             stacklevel=2,
         )
 
