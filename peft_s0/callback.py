@@ -49,7 +49,7 @@ class S0Callback(TrainerCallback):
     that come later. Trainers call the reporters of `report_to` first: `S0Callback.add_to(trainer)` comes before them.
 
     Raises:
-        ValueError: when training begins, if the model has no S0 layer.
+        ValueError: when training begins, if the model has no S0 layer, or if the best checkpoint would not come back.
 
     Example:
         >>> trainer = SFTTrainer(model, peft_config=S0Config(), args=SFTConfig(report_to="wandb"), train_dataset=data)
@@ -79,6 +79,13 @@ class S0Callback(TrainerCallback):
             raise ValueError(
                 f"S0Callback: {type(model).__name__} has no S0 layer. Pass peft_config=S0Config() to the trainer, or "
                 "leave the callback out."
+            )
+        active = self._layers[0].active_adapters
+        if active[:1] != ["default"] and args.load_best_model_at_end:
+            raise ValueError(
+                f"S0Callback: load_best_model_at_end=True is for an adapter named 'default', found {active}: "
+                "transformers reads no other, and loads the one of that name into it if there is one. Set it to False "
+                "and load the best checkpoint when training is done (trainer.state.best_model_checkpoint)."
             )
         self._steps = OptimizerSteps(model, getattr(kwargs.get("optimizer"), "scaler", None), may_stop=True)
         if not state.is_world_process_zero:
