@@ -144,9 +144,9 @@ def test_train_step(architecture: Architecture) -> None:
     assert graphs() == 1
 
 
-def test_train_step_under_checkpointing(architecture: Architecture, monkeypatch: pytest.MonkeyPatch) -> None:
+@torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True)
+def test_train_step_under_checkpointing(architecture: Architecture) -> None:
     """One graph, if torch may leave out in recomputation what is undone in it anyway; the same gradients."""
-    monkeypatch.setattr(torch._dynamo.config, "skip_fwd_side_effects_in_bwd_under_checkpoint", True)
     gradients = []
     for use in (partial(compiled, backend="eager"), lambda model: model):
         torch.manual_seed(1)
