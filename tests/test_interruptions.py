@@ -101,6 +101,20 @@ def test_load_best_model_at_end(architecture: Architecture, tmp_path: Path) -> N
     assert mean_loss(twin(trainer, architecture).eval(), held_out) == pytest.approx(losses[0], rel=1e-5)
 
 
+def test_adapters_without_a_peft_model(architecture: Architecture, tmp_path: Path) -> None:
+    """As the docs say of transformers: they are trained and saved, but no checkpoint is gone on with."""
+    rows = [{name: row[name][:4] for name in ("input_ids", "labels")} for row in token_rows(4)]
+    model = architecture.build()
+    model.add_adapter(S0Config(**CONFIG))
+    arguments = {**TRAINER, **ARGUMENTS, "max_steps": 2}
+    trainer = Trainer(model, TrainingArguments(output_dir=str(tmp_path), **arguments), train_dataset=rows)
+    trainer.train()
+    loaded = PeftModel.from_pretrained(architecture.build(), tmp_path / "checkpoint-2")
+    assert all(torch.equal(a, b) for a, b in zip(weights(loaded), weights(model), strict=True))
+    with pytest.raises(ValueError, match="Can't find a checkpoint index"):
+        trainer.train(resume_from_checkpoint=True)
+
+
 @pytest.mark.parametrize("beside", [False, True])
 def test_best_of_another_name(architecture: Architecture, tmp_path: Path, beside: bool) -> None:
     """As the docs say of transformers: nothing comes back, or what is named default; S0Callback refuses it."""
