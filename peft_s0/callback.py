@@ -81,11 +81,11 @@ class S0Callback(TrainerCallback):
                 "leave the callback out."
             )
         active = self._layers[0].active_adapters
-        if active[:1] != ["default"] and args.load_best_model_at_end:
+        if active != ["default"] and args.load_best_model_at_end:
             raise ValueError(
-                f"S0Callback: load_best_model_at_end=True is for an adapter named 'default', found {active}: "
-                "transformers reads no other, and loads the one of that name into it if there is one. Set it to False "
-                "and load the best checkpoint when training is done (trainer.state.best_model_checkpoint)."
+                f"S0Callback: load_best_model_at_end=True is for one adapter, named 'default', found {active}: "
+                "transformers reads no other, and loads the one of that name into the first. Set it to False and load "
+                "the best checkpoint when training is done (trainer.state.best_model_checkpoint)."
             )
         self._steps = OptimizerSteps(model, getattr(kwargs.get("optimizer"), "scaler", None), may_stop=True)
         if not state.is_world_process_zero:
