@@ -139,6 +139,19 @@ def load_data(script: ScriptArguments, mixture: DatasetMixtureConfig) -> Dataset
     return load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
 
 
+def check_splits(script: ScriptArguments, training: TrainingArguments, data: DatasetDict) -> None:
+    """Refuses data without the split to train on, or to evaluate on if that was asked for."""
+    needed = {"train": script.dataset_train_split}
+    if training.eval_strategy != "no":
+        needed["test"] = script.dataset_test_split
+    for option, split in needed.items():
+        if split not in data:
+            raise ValueError(
+                f"The data have no split {split!r}, found {[*data]}: name one with --dataset_{option}_split. A folder "
+                "with train.jsonl and test.jsonl has both."
+            )
+
+
 def step_over_all(training: TrainingArguments, data: Dataset | IterableDataset) -> None:
     """Lets each step see all rows, as in the paper, unless --gradient_accumulation_steps says otherwise."""
     if training.gradient_accumulation_steps is None:

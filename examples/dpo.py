@@ -23,7 +23,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from trl import DPOConfig, DPOTrainer, get_quantization_config
 
-from arguments import PAPER, TINY, load_data, parse_arguments, step_over_all
+from arguments import PAPER, TINY, check_splits, load_data, parse_arguments, step_over_all
 from miniature.base import load_base, load_tokenizer
 from miniature.evaluate import compare
 from miniature.sample import collect, own_pairs
@@ -59,6 +59,7 @@ def main() -> None:
     tiny = model.model_name_or_path == TINY["model_name_or_path"]
     given = script.dataset_name or mixture.datasets
     data = load_data(script, mixture) if given else write_pairs(training.seed)
+    check_splits(script, training, data)
     step_over_all(training, data[script.dataset_train_split])
 
     trainer = DPOTrainer(

@@ -31,7 +31,7 @@ from itertools import islice
 from datasets import Dataset, DatasetDict, IterableDataset
 from trl import GRPOConfig, GRPOTrainer, get_quantization_config
 
-from arguments import PAPER, TINY, load_data, parse_arguments
+from arguments import PAPER, TINY, check_splits, load_data, parse_arguments
 from miniature.evaluate import compare
 from miniature.execute import calls_and_values, passes
 from miniature.task import problems
@@ -96,6 +96,7 @@ def main() -> None:
     tiny = model.model_name_or_path == TINY["model_name_or_path"]
     given = script.dataset_name or mixture.datasets
     data = load_data(script, mixture) if given else pose_problems(training.seed)
+    check_splits(script, training, data)
     check(data[script.dataset_train_split])
 
     trainer = GRPOTrainer(

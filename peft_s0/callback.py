@@ -39,8 +39,8 @@ class S0Callback(TrainerCallback):
       with `s0/alpha_min` and `s0/alpha_max`,
     - `s0/penalty`: `l2_lambda * sum ||S||^2`, which is not in the loss that is logged.
 
-    If several adapters are trained, their names follow `s0/`. At the start, it warns if the learning rates of all steps
-    together cannot move a state far.
+    If several adapters are trained, their names follow `s0/`. At the start, it warns if the states are frozen, or if
+    the learning rates of all steps together cannot move them far.
 
     The penalty (`l2_lambda`) needs this callback in trainings under FSDP2, DeepSpeed and fp16, and has the same weight
     everywhere with it and without.
@@ -49,7 +49,7 @@ class S0Callback(TrainerCallback):
     that come later. Trainers call the reporters of `report_to` first: `S0Callback.add_to(trainer)` comes before them.
 
     Raises:
-        ValueError: when training begins, if the model has no S0 layer.
+        ValueError: when training begins, if the model has no S0 layer, or if the best checkpoint would not come back.
 
     Example:
         >>> trainer = SFTTrainer(model, peft_config=S0Config(), args=SFTConfig(report_to="wandb"), train_dataset=data)
@@ -80,8 +80,23 @@ class S0Callback(TrainerCallback):
                 f"S0Callback: {type(model).__name__} has no S0 layer. Pass peft_config=S0Config() to the trainer, or "
                 "leave the callback out."
             )
-        self._steps = OptimizerSteps(model, getattr(kwargs.get("optimizer"), "scaler", None))
-        if state.is_world_process_zero:
+        active = self._layers[0].active_adapters
+        if active != ["default"] and args.load_best_model_at_end:
+            raise ValueError(
+                f"S0Callback: load_best_model_at_end=True is for one adapter, named 'default', found {active}: "
+                "transformers reads no other, and loads the one of that name into the first. Set it to False and load "
+                "the best checkpoint when training is done (trainer.state.best_model_checkpoint)."
+            )
+        self._steps = OptimizerSteps(model, getattr(kwargs.get("optimizer"), "scaler", None), may_stop=True)
+        if not state.is_world_process_zero:
+            return
+        if not any(self._trained(layer, name) for layer in self._layers for name in layer.configs):
+            warnings.warn(
+                "S0Callback: the states are frozen, so this training leaves them as they are. Load the adapter with "
+                "PeftModel.from_pretrained(..., is_trainable=True), or make it the active one by set_adapter.",
+                stacklevel=2,
+            )
+        else:
             _warn_of_standstill(args, state, kwargs.get("optimizer"), kwargs.get("lr_scheduler"))
 
     def on_step_begin(
@@ -108,6 +123,10 @@ class S0Callback(TrainerCallback):
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(values)
 
+    @staticmethod
+    def _trained(layer: S0Layer, name: str) -> dict[str, InitialState]:
+        return {kind: m for kind, m in layer.learnt_tensors(name).items() if m.weight.requires_grad}
+
     @torch.no_grad()
     def _values(self) -> dict[str, float]:
         norms: dict[tuple[str, str], list[Tensor]] = {}
@@ -116,7 +135,7 @@ class S0Callback(TrainerCallback):
         differ = False
         for layer in self._layers:
             for name, config in layer.configs.items():
-                trained = {kind: m for kind, m in layer.learnt_tensors(name).items() if m.weight.requires_grad}
+                trained = self._trained(layer, name)
                 if not trained:
                     continue
                 differ = differ or config.learn_alpha or bool(config.alpha_pattern)
@@ -170,22 +189,29 @@ def _whole(initial: InitialState) -> Iterator[Tensor]:
 def _warn_of_standstill(args: TrainingArguments, state: TrainerState, optimizer: Any, lr_scheduler: Any) -> None:
     if "adam" not in type(getattr(optimizer, "optimizer", optimizer)).__name__.lower():
         return
-    travel = _travel(lr_scheduler, args.learning_rate, state.max_steps)
+    # Of the optimiser, which may be one that was passed to the trainer, as the schedule may.
+    rate = max(float(group[name]) for group in optimizer.param_groups for name in _RATES if name in group)
+    travel = _travel(lr_scheduler, rate, state.max_steps)
     if travel < TRAVEL:
         schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+        if not isinstance(lr_scheduler, LambdaLR):
+            schedule = type(lr_scheduler).__name__
         warnings.warn(
-            f"S0Callback: with learning_rate={args.learning_rate:g}, lr_scheduler_type={schedule!r} and "
-            f"{state.max_steps} steps, Adam moves an entry of a state by about {travel:.1g} at most, which leaves it "
-            "close to where it started. The paper's recipe, learning_rate=1e-3 and lr_scheduler_type='constant' for 20 "
-            "steps, allows 0.02.",
+            f"S0Callback: with learning_rate={rate:g}, schedule {schedule!r} and {state.max_steps} steps, Adam moves "
+            f"an entry of a state by about {travel:.1g} at most, which leaves it close to where it started. The "
+            "paper's recipe, learning_rate=1e-3 and lr_scheduler_type='constant' for 20 steps, allows 0.02.",
             stacklevel=2,
         )
+
+
+# Where a group of parameters has its rate now, before its schedule, and at the height of one that rises.
+_RATES = ("lr", "initial_lr", "max_lr")
 
 
 def _travel(lr_scheduler: Any, learning_rate: float, steps: int) -> float:
     """Sum of the learning rates of all steps, as far as it is needed."""
     if not isinstance(lr_scheduler, LambdaLR):
-        # It follows the loss, or is an engine's own: as far as the learning rate allows.
+        # It follows the loss, or is another's own: as far as the learning rate allows.
         return learning_rate * steps
     travel: float = 0.0
     for step in range(steps):

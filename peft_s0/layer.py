@@ -92,10 +92,12 @@ class InitialState(Float32Module):
         self.shape = shape
         self.cast = cast
         self.rank = config.rank
-        self.l2_lambda = config.l2_lambda
+        self.config = config
         stored = shape if self.rank is None else (shape[0], shape[1] + shape[2], self.rank)
         # float32 whatever the base model's dtype: kernels keep the recurrent state in float32, bf16 models included.
-        self.weight = nn.Parameter(torch.zeros(stored, dtype=torch.float32, device=device))
+        # Also under torch.inference_mode, whose tensors count no writes and cannot be written to outside of it.
+        with torch.inference_mode(False):
+            self.weight = nn.Parameter(torch.zeros(stored, dtype=torch.float32, device=device))
         # The states of an adapter for inference are loaded; its first values stand for nothing.
         # In int8 those for training are, too: transformers cannot read them, and would train the first values.
         # And a prompt does not run for a config that came from a file, so that its first values are not the prompt's.
@@ -104,13 +106,18 @@ class InitialState(Float32Module):
         )
         if not self.awaited:
             self._initialize(config.init_weights)
-        self._created = self.weight._version
+        self._created = _version(self.weight)
         # Whether a loader put another parameter in place of the first, whose values nobody has looked at.
         self.replaced = False
         # What was loaded, until accelerate has placed the model.
         self.loaded: Tensor | None = None
         # Whether the parameter was seen as a shard (FSDP2); a forward pass sees it whole.
         self.sharded = False
+
+    @property
+    def l2_lambda(self) -> float:
+        """Weight of the penalty, as the config says it now."""
+        return self.config.l2_lambda
 
     def forward(self, use: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """The state [heads, ...] in float32, unscaled; never the parameter itself, whose memory FSDP takes back.
@@ -181,12 +188,12 @@ class InitialState(Float32Module):
         # Now, for a compiled model could not add it when it runs.
         penalize(self)
         # A copy counts what is written to its parameter from the start again.
-        self._created = self.weight._version
+        self._created = _version(self.weight)
 
     @property
     def untouched(self) -> bool:
         """Whether nothing was written to the parameter since it was made."""
-        return self.weight._version == self._created
+        return _version(self.weight) == self._created
 
     def check_loaded(self) -> None:
         """Refuse a state that was never loaded though it is for inference, or was loaded broken; see `forward`."""
@@ -231,6 +238,11 @@ class InitialState(Float32Module):
     def extra_repr(self) -> str:
         """Shape and rank, for printing."""
         return f"shape={list(self.shape)}" + ("" if self.rank is None else f", rank={self.rank}")
+
+
+def _version(weight: Tensor) -> int:
+    """How often a parameter was written to; 0 for one that a loader made under torch.inference_mode."""
+    return 0 if weight.is_inference() else weight._version
 
 
 class StateOffset(InitialState):

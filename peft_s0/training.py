@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, ref
 
@@ -28,6 +29,8 @@ class OptimizerSteps:
     Args:
         model: the model, wrapped in whatever way.
         scaler: what the loss is scaled with, if it is.
+        may_stop: whether `end` may not be called, as when a trainer is interrupted: then a step that was not announced
+            is the end.
 
     Example:
         >>> steps = OptimizerSteps(model, scaler)
@@ -38,18 +41,18 @@ class OptimizerSteps:
         ...     scaler.step(optimizer)
     """
 
-    def __init__(self, model: nn.Module, scaler: torch.amp.GradScaler | None = None) -> None:
+    def __init__(self, model: nn.Module, scaler: torch.amp.GradScaler | None = None, *, may_stop: bool = False) -> None:
         from .layer import InitialState  # which imports this module
 
-        self.count = 0
-        self.scaler = scaler
+        self.scaler, self.may_stop = scaler, may_stop
         self._states = [module for module in model.modules() if isinstance(module, InitialState)]
         for state in self._states:
             _announced[state] = self
+        self.begin()
 
     def begin(self) -> None:
         """A step begins: the next backward pass is the first of those that are accumulated."""
-        self.count += 1
+        self.step = next(_STEPS)
 
     def end(self) -> None:
         """No step will be announced any more."""
@@ -58,6 +61,8 @@ class OptimizerSteps:
                 del _announced[state]
 
 
+# Of all that announce, so that a training that is started anew begins no step that was seen before.
+_STEPS = count(1)
 # Kept here and not with the states, for a copy of a model is stepped by another optimiser, if at all.
 _announced: WeakKeyDictionary[InitialState, OptimizerSteps] = WeakKeyDictionary()
 
@@ -85,17 +90,37 @@ class L2Penalty:
         state = self._state()
         if state is None:
             return None
+        steps = _announced.get(state)
+        if steps is not None and self._begins_unannounced(state, steps):
+            steps.end()
+            steps = None
         # Here as well as before the forward pass, which is not seen when it is compiled.
         check_engine(state)
-        steps, weight = _announced.get(state), state.weight
-        now = (weight._version, 0 if steps is None else steps.count)
-        if now == self._added and not (steps is None and weight.grad is None):
+        weight = state.weight
+        now = (weight._version, 0 if steps is None else steps.step)
+        if now == self._added and (steps is not None or not _is_cleared(weight)):
             return None
         self._added = now
         gradient = penalty_gradient(state)
         if steps is not None and steps.scaler is not None:
             gradient = steps.scaler.scale(gradient)
         return grad + gradient.to(grad.dtype)
+
+    def _begins_unannounced(self, state: InitialState, steps: OptimizerSteps) -> bool:
+        """Whether a step begins that a trainer would have announced, had it not been interrupted."""
+        weight = state.weight
+        if not steps.may_stop or self._added is None or self._added[1] != steps.step:
+            return False
+        # An engine that takes gradients away, or gathers parameters, shows the same within a step.
+        if state.sharded or weight._post_accumulate_grad_hooks:
+            return False
+        return weight.grad is None or weight._version != self._added[0]
+
+
+def _is_cleared(weight: nn.Parameter) -> bool:
+    # Fused optimisers step without counting up the version, and a gradient may be cleared to zeros. It is of zeros
+    # otherwise only where the penalty's is, too.
+    return weight.grad is None or not bool(weight.grad.any())
 
 
 def penalty_gradient(state: InitialState) -> Tensor:

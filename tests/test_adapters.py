@@ -484,3 +484,32 @@ def test_a_name_again_of_an_adapter_that_trains_more(architecture: Architecture,
         inject_adapter_in_model(S0Config(), model.get_base_model())
     assert model.peft_config["default"] is config
     assert torch.equal(model(row).logits, expected)
+
+
+@pytest.mark.parametrize("by", ["peft", "peft_at_once", "transformers"])
+def test_loaded_under_inference_mode(tuned: Tuned, tmp_path: Path, by: str) -> None:
+    """As in a script whose main function is decorated; what was made there may be used, and replaced, elsewhere."""
+    ids = tuned.ids(2, 9)
+    expected = tuned.model(ids).logits
+    tuned.model.save_pretrained(tmp_path)
+    with torch.inference_mode():
+        model = tuned.architecture.build()
+        if by == "transformers":
+            model.load_adapter(tmp_path)
+        else:
+            model = PeftModel.from_pretrained(model, tmp_path, low_cpu_mem_usage=by == "peft_at_once")
+        assert torch.equal(model(ids).logits, expected)
+    assert torch.equal(model(ids).logits, expected)
+    if by == "peft":
+        model.hotswap_adapter(tmp_path, "default")
+        assert torch.equal(model(ids).logits, expected)
+
+
+def test_made_under_inference_mode(architecture: Architecture) -> None:
+    """And trained elsewhere."""
+    base = architecture.build()
+    with torch.inference_mode():
+        model = get_peft_model(base, S0Config(init_weights=1.0))
+    with torch.enable_grad():
+        model(torch.tensor([[5, 6, 7]])).logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)

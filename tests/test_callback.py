@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from architectures import Architecture
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from trainers import sft, token_rows, train, weights
+from torch.optim.lr_scheduler import ConstantLR, OneCycleLR
+from trainers import ARGUMENTS, sft, token_rows, train, weights
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from tuned import tune
 
@@ -159,6 +160,52 @@ def test_warning_of_a_standstill(architecture: Architecture, values: dict[str, A
     for message in messages:
         assert f"learning_rate={values['learning_rate']:g}" in message
         assert "learning_rate=1e-3 and lr_scheduler_type='constant'" in message
+
+
+@pytest.mark.parametrize(
+    ("rate", "schedule", "standstill"),
+    [
+        (1e-3, None, False),
+        (1e-3, lambda optimizer: ConstantLR(optimizer, factor=1.0), False),
+        (1e-5, lambda optimizer: OneCycleLR(optimizer, max_lr=1e-3, total_steps=20), False),
+        (1e-3, lambda optimizer: OneCycleLR(optimizer, max_lr=1e-5, total_steps=20), True),
+        (1e-5, None, True),
+    ],
+)
+def test_standstill_of_an_optimiser_that_is_passed(
+    architecture: Architecture, tmp_path: Path, rate: float, schedule: Any, standstill: bool
+) -> None:
+    """Its rates count, and not the trainer's default."""
+    model = get_peft_model(architecture.build(), S0Config())
+    optimizer = torch.optim.Adam(weights(model), lr=rate)
+    trainer = Trainer(
+        model,
+        TrainingArguments(output_dir=str(tmp_path), **{**ARGUMENTS, "learning_rate": 5e-5, "max_steps": 20}),
+        train_dataset=[{"input_ids": [5, 6], "labels": [5, 6]}] * 4,
+        callbacks=[S0Callback()],
+        optimizers=(optimizer, schedule and schedule(optimizer)),
+    )
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        trainer.train()
+    messages = [str(warning.message) for warning in found if "S0Callback" in str(warning.message)]
+    assert len(messages) == standstill
+    assert all("learning_rate=1e-05" in message for message in messages)
+
+
+def test_warning_of_frozen_states(architecture: Architecture, tmp_path: Path) -> None:
+    """As loaded for inference: TRL's trainer runs, and nothing changes."""
+    get_peft_model(architecture.build(), S0Config(init_weights=1.0)).save_pretrained(tmp_path)
+    for is_trainable in (False, True):
+        model = PeftModel.from_pretrained(architecture.build(), tmp_path, is_trainable=is_trainable)
+        callback, control = S0Callback(), TrainerControl()
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            callback.on_train_begin(arguments(), TrainerState(max_steps=20), control, model=model)
+        callback.on_train_end(arguments(), TrainerState(), control)
+        assert [str(w.message).partition(",")[0] for w in found] == (
+            [] if is_trainable else ["S0Callback: the states are frozen"]
+        )
 
 
 def test_import_takes_neither_trainers_nor_trl() -> None:

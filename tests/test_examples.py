@@ -445,6 +445,23 @@ def test_a_file_of_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
         arguments.step_over_all(parse(monkeypatch)[1], data.to_iterable_dataset())
 
 
+def test_splits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A file has one to train on; a folder may have one to evaluate on as well."""
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": name, "completion": "b"}) + "\n")
+    options = ["--model_name_or_path", "some/model", "--use_cpu", "--eval_strategy", "steps", "--eval_steps", "5"]
+    for source, found in ((tmp_path / "train.jsonl", ["train"]), (tmp_path, ["train", "test"])):
+        script, training, _, mixture, _ = parse(monkeypatch, *options, "--dataset_name", str(source))
+        data = arguments.load_data(script, mixture)
+        assert sorted(data) == sorted(found)
+        if "test" in found:
+            arguments.check_splits(script, training, data)
+            assert data["test"]["prompt"] == ["test"]
+        else:
+            with pytest.raises(ValueError, match=r"no split 'test', found \['train'\].*--dataset_test_split"):
+                arguments.check_splits(script, training, data)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

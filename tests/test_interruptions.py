@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 import torch
 from architectures import Architecture
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights
 from torch import Tensor
+from trainers import ARGUMENTS as TRAINER
 from trainers import copies, logged, mean_loss, sft, states, token_rows, twin, weights
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTTrainer
 from tuned import Tuned, tune
 
@@ -98,6 +99,43 @@ def test_load_best_model_at_end(architecture: Architecture, tmp_path: Path) -> N
     assert all(torch.equal(a, b) for a, b in zip(states(trainer), seen[0], strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(states(trainer), seen[2], strict=True))
     assert mean_loss(twin(trainer, architecture).eval(), held_out) == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_adapters_without_a_peft_model(architecture: Architecture, tmp_path: Path) -> None:
+    """As the docs say of transformers: they are trained and saved, but no checkpoint is gone on with."""
+    rows = [{name: row[name][:4] for name in ("input_ids", "labels")} for row in token_rows(4)]
+    model = architecture.build()
+    model.add_adapter(S0Config(**CONFIG))
+    arguments = {**TRAINER, **ARGUMENTS, "max_steps": 2}
+    trainer = Trainer(model, TrainingArguments(output_dir=str(tmp_path), **arguments), train_dataset=rows)
+    trainer.train()
+    loaded = PeftModel.from_pretrained(architecture.build(), tmp_path / "checkpoint-2")
+    assert all(torch.equal(a, b) for a, b in zip(weights(loaded), weights(model), strict=True))
+    with pytest.raises(ValueError, match="Can't find a checkpoint index"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_best_of_another_name(architecture: Architecture, tmp_path: Path, beside: bool) -> None:
+    """As the docs say of transformers: nothing comes back, or what is named default; S0Callback refuses it."""
+    model = get_peft_model(architecture.build(), S0Config(**CONFIG), adapter_name="default" if beside else "own")
+    if beside:
+        model.add_adapter("own", S0Config(**CONFIG))
+        model.set_adapter("own")
+    arguments = {**TRAINER, **ARGUMENTS, "max_steps": 4, "eval_strategy": "steps", "eval_steps": 2}
+    arguments |= {"load_best_model_at_end": True, "greater_is_better": True}
+    rows = [{name: row[name][:4] for name in ("input_ids", "labels")} for row in token_rows(4)]
+    trainer = Trainer(
+        model, TrainingArguments(output_dir=str(tmp_path), **arguments), train_dataset=rows, eval_dataset=rows
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    kept = tmp_path / ("checkpoint-2" if beside else "checkpoint-4/own")
+    found = get_peft_model_state_dict(model, adapter_name="own")
+    assert equal(found, load_peft_weights(str(kept), device="cpu"))
+    trainer.add_callback(S0Callback())
+    with pytest.raises(ValueError, match=r"is for one adapter, named 'default', found \['own'\]"):
+        trainer.train()
 
 
 def killed(work: Callable[[], None], after: float | None = None) -> None:

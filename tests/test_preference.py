@@ -7,10 +7,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from architectures import ARCHITECTURES, Architecture
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 from peft import PeftModel, get_peft_model
 from torch.nn.functional import logsigmoid
 from trainers import ARGUMENTS, logged, tokenizer, train, words
@@ -71,6 +72,32 @@ def test_dpo(architecture: Architecture, tmp_path: Path, reference: str, argumen
         assert logged(trainer, name)[0] == pytest.approx(0, abs=1e-6)
     margins = logged(trainer, "rewards/margins")
     assert margins[0] < margins[1] < margins[2]
+
+
+def test_what_precomputed_references_miss(architecture: Architecture, tmp_path: Path) -> None:
+    """As the docs say: `train_alpha`, and the alpha of a second training on the same states. ln 2 is right."""
+    pairs().save_to_disk(tmp_path / "data")
+
+    def first_loss(**config: Any) -> float:
+        torch.manual_seed(0)
+        trainer = DPOTrainer(
+            get_peft_model(architecture.build(), S0Config(init_weights=1.0, **config)),
+            args=DPOConfig(output_dir=str(tmp_path), precompute_ref_log_probs=True, **{**ARGUMENTS, "max_steps": 1}),
+            train_dataset=load_from_disk(tmp_path / "data"),
+            processing_class=tokenizer(),
+        )
+        trainer.train()
+        return logged(trainer)[0]
+
+    right = pytest.approx(math.log(2), rel=1e-6)
+    assert first_loss(alpha=0.3) == right
+    assert first_loss(alpha=1.0) != right
+    datasets.disable_caching()
+    try:
+        assert first_loss(alpha=1.0) == right
+        assert first_loss(alpha=0.3, train_alpha=1.0) != right
+    finally:
+        datasets.enable_caching()
 
 
 @pytest.mark.parametrize("reference", ["base", "ref"])

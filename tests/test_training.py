@@ -21,7 +21,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from trainers import ARGUMENTS, copies, states, token_rows, weights
-from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from tuned import Tuned, tune
 
 from peft_s0 import S0Callback, S0Config
@@ -71,15 +71,61 @@ def test_penalty_is_added_once_for_each_step(architecture: Architecture, backwar
                 b.copy_(a)
 
 
-def test_penalty_is_added_again_after_a_step_that_was_skipped(architecture: Architecture) -> None:
+@pytest.mark.parametrize("to_none", [True, False])
+def test_penalty_is_added_again_after_a_step_that_was_skipped(architecture: Architecture, to_none: bool) -> None:
     pair = penalised(architecture)
     ids = pair[0].ids(2, 9)
     for _ in range(2):
         for tuned in pair:
-            tuned.model.zero_grad()
+            tuned.model.zero_grad(set_to_none=to_none)
             step_of(tuned, ids)
         for weight, found in zip(weights(pair[0].model), difference(*pair), strict=True):
             torch.testing.assert_close(found, 2 * LAMBDA * weight.detach(), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_penalty_with_optimisers_whose_steps_do_not_show(architecture: Architecture, told: bool) -> None:
+    """Fused ones, which are the trainers' default, do not count up a parameter's version."""
+    model, ids = only_penalised(architecture), torch.tensor([[5, 6, 7]])
+    start, optimizer = copies(weights(model)), torch.optim.SGD(weights(model), RATE, fused=True)
+    steps = OptimizerSteps(model) if told else None
+    for _ in range(3):
+        if steps is not None:
+            steps.begin()
+        optimizer.zero_grad(set_to_none=False)
+        for _ in range(2):
+            model(ids).logits.sum().backward()
+        optimizer.step()
+    if steps is not None:
+        steps.end()
+    for before, after in zip(start, weights(model), strict=True):
+        torch.testing.assert_close(after.detach(), (1 - 2 * RATE * LAMBDA) ** 3 * before, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_penalty_in_gradients_that_are_not_kept(architecture: Architecture, told: bool) -> None:
+    """Those of torch.autograd.grad: in each, or where steps are announced in the first of a step."""
+    model, ids = only_penalised(architecture), torch.tensor([[5, 6, 7]])
+    steps = OptimizerSteps(model) if told else None
+    for _ in range(2):
+        if steps is not None:
+            steps.begin()
+        for share in (1, 0 if told else 1):
+            gradients = torch.autograd.grad(model(ids).logits.sum(), weights(model))
+            for weight, gradient in zip(weights(model), gradients, strict=True):
+                torch.testing.assert_close(gradient, share * 2 * LAMBDA * weight.detach())
+    if steps is not None:
+        steps.end()
+
+
+def test_penalty_is_what_the_config_says_now(architecture: Architecture) -> None:
+    model, ids = only_penalised(architecture, l2_lambda=0.0), torch.tensor([[5, 6, 7]])
+    for l2_lambda in (LAMBDA, 0.0):
+        model.peft_config["default"].l2_lambda = l2_lambda
+        model.zero_grad()
+        model(ids).logits.sum().backward()
+        for weight in weights(model):
+            torch.testing.assert_close(weight.grad, 2 * l2_lambda * weight.detach())
 
 
 def test_penalty_with_two_forwards_in_one_backward(architecture: Architecture) -> None:
@@ -216,20 +262,19 @@ def test_weight_decay_that_is_the_penalty(architecture: Architecture) -> None:
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
-def test_interrupted_training_leaves_no_trace(architecture: Architecture, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("when", ["on_step_end", "on_pre_optimizer_step"])
+def test_interrupted_training_leaves_no_trace(
+    architecture: Architecture, tmp_path: Path, when: str, fused: bool
+) -> None:
     """A loop of one's own after it: the trainer, which is still there, announces nothing any more."""
     model = only_penalised(architecture)
-
-    class Interrupt(S0Callback):
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            raise KeyboardInterrupt
-
-    trainer = trainer_of("plain", model, tmp_path, callbacks=[Interrupt()])
+    trainer = trainer_of("plain", model, tmp_path, callbacks=[S0Callback(), interrupt(when)])
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     model.zero_grad()
     start = copies(weights(model))
-    optimizer = torch.optim.SGD(weights(model), RATE)
+    optimizer = torch.optim.SGD(weights(model), RATE, fused=fused)
     for _ in range(3):
         for _ in range(2):
             model(torch.tensor([[5, 6, 7]])).logits.sum().backward()
@@ -237,6 +282,30 @@ def test_interrupted_training_leaves_no_trace(architecture: Architecture, tmp_pa
         optimizer.zero_grad()
     for before, after in zip(start, weights(model), strict=True):
         torch.testing.assert_close(after.detach(), (1 - 2 * RATE * LAMBDA) ** 3 * before, atol=1e-6, rtol=1e-5)
+
+
+def interrupt(when: str) -> TrainerCallback:
+    """What presses Ctrl-C once, at the first such moment."""
+    callback = TrainerCallback()
+
+    def press(*args: Any, **kwargs: Any) -> None:
+        delattr(callback, when)
+        raise KeyboardInterrupt
+
+    setattr(callback, when, press)
+    return callback
+
+
+def test_training_that_is_started_anew(architecture: Architecture, tmp_path: Path) -> None:
+    """After an interruption before the first step, as where memory was short of it: every step has its penalty."""
+    model = only_penalised(architecture)
+    start = copies(weights(model))
+    trainer = trainer_of("plain", model, tmp_path, callbacks=[S0Callback(), interrupt("on_pre_optimizer_step")])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.train()
+    for before, after in zip(start, states(trainer), strict=True):
+        torch.testing.assert_close(after, (1 - 2 * RATE * LAMBDA) ** 3 * before, atol=1e-6, rtol=1e-5)
 
 
 @pytest.fixture
@@ -280,6 +349,25 @@ def test_gradient_scaler(architecture: Architecture, accelerate: None, told: str
             optimizer.zero_grad()
     assert scalers[0].get_scale() == 2.0**13
     end()
+
+
+def test_scale_of_a_training_that_was_interrupted(architecture: Architecture, accelerate: None) -> None:
+    """A loop without a scale after it."""
+    model, ids = only_penalised(architecture), torch.tensor([[5, 6, 7]])
+    optimizer, scaler = torch.optim.SGD(weights(model), RATE), torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    callback, args, state, control = S0Callback(), SimpleNamespace(), TrainerState(), TrainerControl()
+    accelerated = AcceleratedOptimizer(optimizer, device_placement=False, scaler=scaler)
+    callback.on_train_begin(args, state, control, model=model, optimizer=accelerated)
+    callback.on_step_begin(args, state, control)
+    scaler.scale(model(ids).logits.sum()).backward()
+    optimizer.zero_grad()
+    start = copies(weights(model))
+    for _ in range(3):
+        model(ids).logits.sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for before, after in zip(start, weights(model), strict=True):
+        torch.testing.assert_close(after.detach(), (1 - 2 * RATE * LAMBDA) ** 3 * before, atol=1e-6, rtol=1e-5)
 
 
 def test_fp16_without_being_told_of_the_scale(architecture: Architecture, accelerate: None, tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ class RGLRU(Mixer):
     takes_chunks: bool = False
 
     def cache_argument_of(self, mixer: MixerModule) -> str:
-        """See `Mixer.cache_argument_of`. It does not read its cache, and is called with it as the layer around it is."""
+        """See `Mixer.cache_argument_of`. It does not read its cache; it is called as the layer around it is."""
         name = cache_argument(vars(sys.modules[type(mixer).__module__])["RecurrentGemmaDecoderLayer"])
         assert name is not None, "layers take a cache"
         return name
