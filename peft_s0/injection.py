@@ -307,6 +307,11 @@ def _before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     courier = declaration.courier
     if args and (participates or courier is not None or layer.routing.rows is not None):
         kwargs = {**dict(zip(parameter_names(type(mixer)), args, strict=False)), **kwargs}
+    if kwargs.get(layer.cache_argument) is None and cache_of(kwargs) is not None and declaration.cache_argument is None:
+        # transformers takes the names that a cache had earlier, too.
+        named = {name: value for name, value in kwargs.items() if name not in CACHE_ARGUMENTS}
+        kwargs = {**named, layer.cache_argument: cache_of(kwargs)}
+        unchanged = (), kwargs
     if courier is not None and isinstance(kwargs.get(courier.argument), Carried):
         carried = cast(Carried, kwargs[courier.argument])
         unchanged = (), {**kwargs, courier.argument: carried.value}
@@ -315,11 +320,7 @@ def _before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         if layer.routing.rows is not None:
             layer.routing.rows.check(kwargs[declaration.input_argument].shape[0])
         return unchanged
-    cache = kwargs.get(layer.cache_argument)
-    if cache is None:
-        kwargs = _rename_cache(layer, kwargs)
-        cache = kwargs.get(layer.cache_argument)
-    if declaration.has_past(mixer, cache, kwargs):
+    if declaration.has_past(mixer, kwargs.get(layer.cache_argument), kwargs):
         changed = _continue(mixer, layer, kwargs)
     else:
         kernels.check_device(declaration.kernels, kwargs[declaration.input_argument].device)
@@ -327,15 +328,6 @@ def _before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         sequences = declaration.sequences(mixer, kwargs)
         changed = _start(mixer, layer, kwargs) if sequences is None else _start_as_is(mixer, layer, kwargs, sequences)
     return unchanged if changed is None else ((), changed)
-
-
-def _rename_cache(layer: S0Layer, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A mixer's arguments with its cache under the name it has: transformers takes the earlier names, too."""
-    named = [name for name in CACHE_ARGUMENTS if kwargs.get(name) is not None]
-    if not named or layer.declaration.cache_argument is not None:
-        return kwargs
-    cache = {layer.cache_argument: kwargs[named[0]]}
-    return {**{name: value for name, value in kwargs.items() if name not in CACHE_ARGUMENTS}, **cache}
 
 
 def _continue(mixer: nn.Module, layer: S0Layer, kwargs: dict[str, Any]) -> dict[str, Any] | None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tuned import Tuned, states_of, tune
 
 from peft_s0 import S0Config
+from peft_s0.mixers import CACHE_ARGUMENTS
 
 ROWS = {row.name: row for row in ARCHITECTURES}
 MAMBA = [ROWS[name] for name in ("mamba", "falcon_mamba", "jamba", "zamba")]
@@ -90,6 +91,24 @@ def test_the_end_of_a_packed_row(architecture: Architecture, lengths: tuple[int,
     actual = run((hidden_states[:, :-1], packing), (step, {}))
     torch.testing.assert_close(actual, run((document, {}), (step, {})), atol=2e-6, rtol=1e-5)
     assert float((actual - run((step, {}))).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize(
+    "architecture", [ROWS[name] for name in ("qwen3_5", "falcon_h1", "mamba")], ids=lambda row: row.name
+)
+@pytest.mark.parametrize("name", CACHE_ARGUMENTS)
+@torch.no_grad()
+def test_a_cache_under_every_name_that_it_had(tuned: Tuned, name: str) -> None:
+    """transformers renames a cache in the mixer, behind what S0 sees."""
+    mixer, hidden_states = mixers(tuned.model)[0], torch.randn(2, 7, 64)
+
+    def run(argument: str) -> list[Tensor]:
+        cache = tuned.architecture.make_cache(tuned.model.config, 2)
+        outputs = (mixer(part, **{argument: cache}) for part in hidden_states.split([4, 2, 1], dim=1))
+        return [output[0] if isinstance(output, tuple) else output for output in outputs]
+
+    for actual, expected in zip(run(name), run(mixer.s0.cache_argument), strict=True):
+        assert torch.equal(actual, expected)
 
 
 @torch.no_grad()

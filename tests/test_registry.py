@@ -7,6 +7,7 @@ import importlib
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -149,6 +150,31 @@ def test_a_mixer_of_someone_elses_can_be_registered() -> None:
         del _MIXERS[path]
     with pytest.raises(ValueError, match=f"No recurrent mixer '{path}' is registered"):
         pickle.loads(declaration)
+
+
+class _OtherCache(_Recurrence):
+    def forward(self, hidden_states, memory=None, attention_mask=None):
+        return super().forward(hidden_states, memory, attention_mask)
+
+
+def test_a_cache_of_an_unknown_name() -> None:
+    """A sequence that goes on could not be told from a new one."""
+    declared = Mixer(f"{__name__}._OtherCache", Family("leaky sum", alpha=0.5), lambda mixer: (1, mixer.size))
+    model = _Model()
+    model.mixer = _OtherCache(6)
+    before = list(model.state_dict())
+    try:
+        register_mixer(declared)
+        with pytest.raises(
+            TypeError, match=r"_OtherCache takes its cache: expected cache or .*found hidden_states, me"
+        ):
+            get_peft_model(model, S0Config())
+        assert list(model.state_dict()) == before
+        register_mixer(replace(declared, cache_argument="memory"))
+        layer = next(get_peft_model(model, S0Config()).base_model.tuner_layers())
+        assert layer.cache_argument == "memory"
+    finally:
+        del _MIXERS[declared.path]
 
 
 def test_public_names() -> None:
