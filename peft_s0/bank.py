@@ -16,9 +16,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from .config import S0Config, check_readable, find_states, load_config
+from .fit import check_fit
 from .injection import CHILD, has_layer, layer_of
 from .layer import InitialState, S0Layer, Slots, check_finite, set_alpha_keys
-from .model import S0Model, check_fit
+from .model import S0Model
 from .naming import match_names
 from .rows import BASE
 from .storage import Stored, group

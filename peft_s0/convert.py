@@ -27,10 +27,11 @@ from transformers import PreTrainedModel
 from .card import CARD_NAME
 from .config import S0Config, check_readable, find_states, load_config
 from .files import check_place, find_file, new_file, new_folder
+from .fit import check_fit
 from .injection import CHILD
 from .layer import S0Layer
 from .mixers import Family, gated_delta_rule, mamba2
-from .model import check_fit, recurrent_mixers
+from .model import recurrent_mixers
 from .naming import shared_name
 from .skeleton import check_states_alone, load_without_weights, without_weights
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -19,7 +17,6 @@ from peft.utils import (
     AuxiliaryTrainingWrapper,
     PeftType,
     _get_submodules,
-    get_peft_model_state_dict,
     load_peft_weights,
     set_peft_model_state_dict,
 )
@@ -29,8 +26,18 @@ from torch import Tensor, nn
 from .alpha import check_alpha, fit_pattern, layer_key
 from .card import tag_model, untag_model
 from .config import S0Config, load_config, without_start
+from .fit import (
+    LEARNT,
+    check_beside_states,
+    check_other_weights,
+    check_states,
+    check_sum,
+    check_weights,
+    expected_states,
+    shortened,
+)
 from .injection import CHILD, attach, clean, detach, has_layer, layer_of, unwatch, watch
-from .layer import MERGE_ERROR, S0Layer, check_finite, set_alpha_keys
+from .layer import MERGE_ERROR, S0Layer, set_alpha_keys
 from .mixers import Mixer, find_mixer, registered_mixers
 from .mixers.refused import looks_recurrent, refused
 from .naming import match_names, shared_name
@@ -39,9 +46,6 @@ from .probing import in_eval_mode
 from .prompt import start_from_prompt
 from .rows import BASE, Routing, RowAdapters
 from .storage import decode
-
-# In the name of a learnt tensor: what stands in front of it is the mixer's name.
-_LEARNT = re.compile(rf"\.{CHILD}\.({'|'.join(S0Layer.adapter_layer_names)})\.")
 
 
 class S0Model(BaseTuner):
@@ -146,7 +150,7 @@ class S0Model(BaseTuner):
             raise NoMatchingPeftModuleError(
                 f"S0Config: target_modules={peft_config.target_modules!r} (exclude_modules="
                 f"{peft_config.exclude_modules!r}, layers_to_transform={peft_config.layers_to_transform!r}) matches "
-                f"nothing. The recurrent mixers of this model are {_shortened(mixers)}; leave target_modules at None "
+                f"nothing. The recurrent mixers of this model are {shortened(mixers)}; leave target_modules at None "
                 "to adapt all of them."
             )
         peft_config.alpha_pattern = fit_pattern(peft_config.alpha_pattern, matched)
@@ -195,7 +199,7 @@ class S0Model(BaseTuner):
         if state_dict is not None:
             # PEFT takes what stands in front of the prefix for the target; here that is the mixer's child, and its name
             # may be that of another class of the model.
-            found = ((key, _LEARNT.search(key)) for key in state_dict)
+            found = ((key, LEARNT.search(key)) for key in state_dict)
             names = {key: key[: match.start()] for key, match in found if match is not None}
             own = match_names(dict.fromkeys(names.values()), (name for name, _ in _mixers(model)))
             # A mixer that has several is the same target.
@@ -457,7 +461,7 @@ class S0Model(BaseTuner):
             unknown = [name for name in alpha if own.get(name) not in layers]
             if unknown:
                 raise ValueError(
-                    f"set_alpha: unknown layers {unknown}; adapter '{adapter_name}' has {_shortened(layers)}."
+                    f"set_alpha: unknown layers {unknown}; adapter '{adapter_name}' has {shortened(layers)}."
                 )
             alpha = {own[name]: float(value) for name, value in alpha.items()}
         else:
@@ -547,7 +551,7 @@ class S0Model(BaseTuner):
             name.removeprefix("base_model.model."): state
             for name, state in load_peft_weights(str(model_id), device="cpu", **kwargs).items()
         }
-        _check_other_weights(self.model, adapter_name, states)
+        check_other_weights(self.model, adapter_name, states)
         # Loaded or trained, the adapter stays if this file is refused.
         vars(current).pop("awaits_states", None)
         set_peft_model_state_dict(self.model, states, adapter_name)
@@ -616,10 +620,10 @@ class S0Model(BaseTuner):
         cls, model: nn.Module, config: S0Config, adapter_name: str, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
         """What is saved of an adapter; refused where it is not all here, before anything is written."""
-        _check_beside_states(model, config, adapter_name)
+        check_beside_states(model, config, adapter_name)
         found: dict[str, Tensor] = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
         for name, state in found.items():
-            if _LEARNT.search(name) and state.numel() == 0:
+            if LEARNT.search(name) and state.numel() == 0:
                 raise ValueError(
                     f"The state '{name}' is empty here: DeepSpeed's ZeRO-3 has dealt it out to the processes. Save "
                     "with trainer.save_model(), in all processes, or within deepspeed.zero.GatheredParameters."
@@ -631,15 +635,17 @@ class S0Model(BaseTuner):
         cls, model: nn.Module, config: S0Config, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Map a file's names to the model's; refuse a file that is not this adapter's before anything is written."""
-        expected = (cls._remove_adapter_name_from_key(name, adapter_name) for name in _states(model, adapter_name))
+        expected = (
+            cls._remove_adapter_name_from_key(name, adapter_name) for name in expected_states(model, adapter_name)
+        )
         try:
             state_dict = decode(state_dict)
-            own = match_names((name for name in state_dict if _LEARNT.search(name)), expected)
+            own = match_names((name for name in state_dict if LEARNT.search(name)), expected)
             state_dict = {own.get(name, name): value for name, value in state_dict.items()}
             remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
                 model, config, adapter_name, state_dict
             )
-            _check_states(model, adapter_name, remapped)
+            check_states(model, adapter_name, remapped)
         except ValueError:
             _withdraw(model, config, adapter_name)
             raise
@@ -712,11 +718,6 @@ def _no_mixers(model: nn.Module) -> str:
     )
 
 
-def _shortened(names: Any) -> str:
-    names = list(names)
-    return ", ".join(names) if len(names) < 5 else f"{names[0]}, {names[1]}, ... {names[-1]} ({len(names)} in all)"
-
-
 def _device(mixer: nn.Module) -> torch.device | None:
     devices = (parameter.device for parameter in mixer.parameters())
     return next((device for device in devices if device.type != "meta"), None)
@@ -754,146 +755,6 @@ def _pass_adapter_names(
     batch = len(args[0] if args else next(iter(kwargs.values())))
     names = [name if name in held else BASE for name in routing.rows.of(batch)]
     return args, {**kwargs, "adapter_names": names}
-
-
-def _states(model: nn.Module, adapter_name: str) -> dict[str, torch.Size]:
-    """Names and shapes of an adapter's states and offsets in a model."""
-    return {
-        name: parameter.shape
-        for name, parameter in model.named_parameters()
-        if (match := _LEARNT.search(name)) and name[match.end() :].startswith(f"{adapter_name}.")
-    }
-
-
-def _check_states(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
-    """Compare a file's states with what the model expects.
-
-    Raises:
-        ValueError: see `check_fit`; also if only one of them has states, or offsets.
-    """
-    expected = _states(model, adapter_name)
-    found = {name: state for name, state in state_dict.items() if _LEARNT.search(name)}
-    variants = [_variant(names) for names in (expected, found)]
-    if None not in variants and variants[0] != variants[1]:
-        raise ValueError(
-            f"The states do not fit this model: they are of variant='{variants[1]}', but adapter '{adapter_name}' has "
-            f"variant='{variants[0]}'. Load them with the config that was saved with them."
-        )
-    learnt = [any(".s0_alpha." in name for name in names) for names in (expected, found)]
-    if None not in variants and learnt[0] != learnt[1]:
-        raise ValueError(
-            f"The states do not fit this model: they come {'with' if learnt[1] else 'without'} learnt alphas, but "
-            f"adapter '{adapter_name}' has learn_alpha={learnt[0]}. Load them with the config that was saved with them."
-        )
-    check_fit(expected, found)
-
-
-def _variant(names: Iterable[str]) -> str | None:
-    """The variant that learnt tensors of these names are of; None if there are none."""
-    kinds = {match.group(1) for match in map(_LEARNT.search, names) if match is not None} - {"s0_alpha"}
-    return None if not kinds else "both" if len(kinds) > 1 else "initial" if "s0_state" in kinds else "offset"
-
-
-def check_fit(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor], values: bool = True) -> None:
-    """Compare states with what a model expects.
-
-    Args:
-        expected: the shape of each state, by its name.
-        found: the states, by their names.
-        values: look at the values, too, which reads them.
-
-    Raises:
-        ValueError: for missing or additional layers, other shapes, dtypes that are not floating-point, or values that
-            are not finite; the message names the layer, the expected and the found.
-    """
-    missing, additional = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
-    advice = "Load the adapter on the base model it was trained on."
-    if missing or additional:
-        raise ValueError(
-            f"The states do not fit this model. Expected {len(expected)} layers, found {len(found)}"
-            + (f"; missing in the file: {_shortened(missing)}" if missing else "")
-            + (f"; not in the model: {_shortened(additional)}" if additional else "")
-            + f". {advice}"
-        )
-    for name, state in found.items():
-        if tuple(state.shape) != tuple(expected[name]):
-            raise ValueError(
-                f"The state '{name}' does not fit this model: expected shape {list(expected[name])}, found "
-                f"{list(state.shape)}. {advice}"
-            )
-        if not state.is_floating_point():
-            raise ValueError(f"The state '{name}' has dtype {state.dtype}, expected a floating-point dtype.")
-        if values:
-            check_finite(name, state)
-
-
-def check_weights(adapters: Sequence[Any], weights: Sequence[Any]) -> None:
-    """Refuse what is no sum of adapters.
-
-    Raises:
-        ValueError: if there are no adapters, or not one finite number for each.
-    """
-    if len(adapters) != len(weights) or not adapters:
-        raise ValueError(f"Pass one weight for each adapter, got {len(adapters)} adapters and {len(weights)} weights.")
-    for weight in weights:
-        if not isinstance(weight, Real) or isinstance(weight, bool) or not math.isfinite(weight):
-            raise ValueError(f"A weight must be a finite number, got {weight!r}.")
-
-
-def check_sum(total: Tensor, weights: Sequence[float]) -> None:
-    """Refuse a weighted sum of finite states that float32 cannot hold.
-
-    Raises:
-        ValueError: naming the weights.
-    """
-    if not bool(total.float().isfinite().all()):
-        raise ValueError(f"The sum of the states is not finite in float32 with the weights {list(weights)}: too large.")
-
-
-def is_learnt(name: str) -> bool:
-    """Whether a name in a file is that of a state, an offset or a learnt alpha, however it is stored."""
-    return _LEARNT.search(name) is not None
-
-
-def _check_beside_states(model: nn.Module, config: S0Config, adapter_name: str) -> None:
-    """Refuse an adapter whose modules or tokens are gone: PEFT takes away those of all methods when one is unloaded.
-
-    Raises:
-        ValueError: naming the field and what to do.
-    """
-    modules = tuple(config.modules_to_save or ())
-    # Of modules PEFT passes over names that are not there, such as those that it adds itself for a classifier.
-    expected = config.trainable_token_indices or any(name.endswith(modules) for name, _ in model.named_modules())
-    if not expected or any(
-        isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._get_available_adapters()
-        for module in model.modules()
-    ):
-        return
-    field = "modules_to_save" if modules else "trainable_token_indices"
-    raise ValueError(
-        f"Adapter '{adapter_name}' has {field}={getattr(config, field)!r}, of which this model no longer holds what "
-        "was trained: unload() and merge_and_unload() of another method take it away. Save the adapter before that."
-    )
-
-
-def _check_other_weights(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
-    """Compare what a file holds beside states (`modules_to_save`, tokens) with what an adapter has.
-
-    Raises:
-        ValueError: naming what is missing, additional or of another shape.
-    """
-    held = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    expected, found = (
-        {name: list(weight.shape) for name, weight in weights.items() if not _LEARNT.search(name)}
-        for weights in (held, state_dict)
-    )
-    if expected != found:
-        differing = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
-        raise ValueError(
-            f"Beside its states the file does not hold what adapter '{adapter_name}' has. Shape of '{differing[0]}': "
-            f"expected {expected.get(differing[0], 'none')}, found {found.get(differing[0], 'none')}. Load it with "
-            "load_adapter."
-        )
 
 
 def _withdraw(model: Any, config: S0Config, adapter_name: str) -> None:

@@ -11,7 +11,7 @@ from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from .config import find_states, load_config
-from .model import is_learnt
+from .fit import is_learnt
 from .storage import contents
 
 

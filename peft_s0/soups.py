@@ -21,8 +21,8 @@ from .card import CARD_NAME, update_model_card
 from .config import S0Config, check_readable, find_states, load_config, without_start
 from .convert import ADAPTER_FILES
 from .files import check_place, new_folder
+from .fit import check_fit, check_sum, check_weights
 from .injection import CHILD
-from .model import check_fit, check_sum, check_weights
 from .naming import match_names
 from .storage import decode
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from peft_s0 import S0Config, S0Layer
 from peft_s0.analysis import Norms
 from peft_s0.config import check_readable, find_states, load_config
-from peft_s0.model import check_fit
+from peft_s0.fit import check_fit
 from peft_s0.naming import match_names, shared_name
 from peft_s0.skeleton import load_without_weights
 from peft_s0.storage import contents, decode, is_state
