@@ -28,7 +28,7 @@ from miniature.base import load_base, load_tokenizer
 from miniature.evaluate import compare
 from miniature.sample import collect, own_pairs
 from miniature.task import problems
-from peft_s0 import push_to_hub
+from peft_s0 import S0Callback, push_to_hub
 
 RECIPE = {
     **PAPER,
@@ -69,6 +69,7 @@ def main() -> None:
         eval_dataset=data[script.dataset_test_split] if training.eval_strategy != "no" else None,
         quantization_config=get_quantization_config(model),
         peft_config=s0.config(),
+        callbacks=[S0Callback()],
     )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model(training.output_dir)

@@ -35,7 +35,7 @@ from arguments import PAPER, TINY, check_splits, load_data, parse_arguments
 from miniature.evaluate import compare
 from miniature.execute import calls_and_values, passes
 from miniature.task import problems
-from peft_s0 import push_to_hub
+from peft_s0 import S0Callback, push_to_hub
 
 RECIPE = {
     **PAPER,
@@ -107,6 +107,7 @@ def main() -> None:
         eval_dataset=data[script.dataset_test_split] if training.eval_strategy != "no" else None,
         quantization_config=get_quantization_config(model),
         peft_config=s0.config(),
+        callbacks=[S0Callback()],
     )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model(training.output_dir)

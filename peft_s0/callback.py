@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -90,14 +90,15 @@ class S0Callback(TrainerCallback):
         self._steps = OptimizerSteps(model, getattr(kwargs.get("optimizer"), "scaler", None), may_stop=True)
         if not state.is_world_process_zero:
             return
-        if not any(self._trained(layer, name) for layer in self._layers for name in layer.configs):
+        trained = [m.weight for layer in self._layers for n in layer.configs for m in self._trained(layer, n).values()]
+        if not trained:
             warnings.warn(
                 "S0Callback: the states are frozen, so this training leaves them as they are. Load the adapter with "
                 "PeftModel.from_pretrained(..., is_trainable=True), or make it the active one by set_adapter.",
                 stacklevel=2,
             )
         else:
-            _warn_of_standstill(args, state, kwargs.get("optimizer"), kwargs.get("lr_scheduler"))
+            _warn_of_standstill(args, state, trained, kwargs.get("optimizer"), kwargs.get("lr_scheduler"))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -186,12 +187,17 @@ def _whole(initial: InitialState) -> Iterator[Tensor]:
         yield initial.compose(weight)
 
 
-def _warn_of_standstill(args: TrainingArguments, state: TrainerState, optimizer: Any, lr_scheduler: Any) -> None:
+def _warn_of_standstill(
+    args: TrainingArguments, state: TrainerState, trained: Sequence[Tensor], optimizer: Any, lr_scheduler: Any
+) -> None:
     if "adam" not in type(getattr(optimizer, "optimizer", optimizer)).__name__.lower():
         return
-    # Of the optimiser, which may be one that was passed to the trainer, as the schedule may.
-    rate = max(float(group[name]) for group in optimizer.param_groups for name in _RATES if name in group)
-    travel = _travel(lr_scheduler, rate, state.max_steps)
+    # Of the optimiser, which may be one that was passed to the trainer, as the schedule may; of the groups that hold
+    # states, where an engine has not put other parameters in their place.
+    ids, groups = {id(weight) for weight in trained}, optimizer.param_groups
+    own = [i for i, group in enumerate(groups) if not ids.isdisjoint(map(id, group["params"]))] or range(len(groups))
+    rate = max(float(groups[i][name]) for i in own for name in _RATES if name in groups[i])
+    travel = _travel(lr_scheduler, rate, own, state.max_steps)
     if travel < TRAVEL:
         schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
         if not isinstance(lr_scheduler, LambdaLR):
@@ -208,15 +214,14 @@ def _warn_of_standstill(args: TrainingArguments, state: TrainerState, optimizer:
 _RATES = ("lr", "initial_lr", "max_lr")
 
 
-def _travel(lr_scheduler: Any, learning_rate: float, steps: int) -> float:
-    """Sum of the learning rates of all steps, as far as it is needed."""
+def _travel(lr_scheduler: Any, learning_rate: float, groups: Sequence[int], steps: int) -> float:
+    """Sum of the learning rates of all steps, as far as it is needed; the greatest of some groups of parameters."""
     if not isinstance(lr_scheduler, LambdaLR):
         # It follows the loss, or is another's own: as far as the learning rate allows.
         return learning_rate * steps
     travel: float = 0.0
     for step in range(steps):
-        rates = zip(lr_scheduler.base_lrs, lr_scheduler.lr_lambdas, strict=True)
-        travel += max(float(rate) * factor(step) for rate, factor in rates)
+        travel += max(float(lr_scheduler.base_lrs[i]) * lr_scheduler.lr_lambdas[i](step) for i in groups)
         if travel >= TRAVEL:
             break
     return travel

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import count
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 import torch.utils.hooks
@@ -45,7 +45,8 @@ class OptimizerSteps:
         from .layer import InitialState  # which imports this module
 
         self.scaler, self.may_stop = scaler, may_stop
-        self._states = [module for module in model.modules() if isinstance(module, InitialState)]
+        # Weak, for they are what this is kept for: a model that is given up takes it along, also without `end`.
+        self._states = WeakSet(module for module in model.modules() if isinstance(module, InitialState))
         for state in self._states:
             _announced[state] = self
         self.begin()

@@ -175,9 +175,10 @@ def test_warning_of_a_standstill(architecture: Architecture, values: dict[str, A
 def test_standstill_of_an_optimiser_that_is_passed(
     architecture: Architecture, tmp_path: Path, rate: float, schedule: Any, standstill: bool
 ) -> None:
-    """Its rates count, and not the trainer's default."""
+    """Its rates for the states count, and not the trainer's default, nor those of other parameters."""
     model = get_peft_model(architecture.build(), S0Config())
-    optimizer = torch.optim.Adam(weights(model), lr=rate)
+    others = {"params": [nn.Parameter(torch.zeros(1))], "lr": 1e-3}
+    optimizer = torch.optim.Adam([{"params": weights(model)}, *([others] if schedule is None else [])], lr=rate)
     trainer = Trainer(
         model,
         TrainingArguments(output_dir=str(tmp_path), **{**ARGUMENTS, "learning_rate": 5e-5, "max_steps": 20}),

@@ -319,6 +319,8 @@ def test_the_paper_recipe_on_a_model_and_a_file(
         assert training.gradient_accumulation_steps == len(ROWS[name])
     if name == "grpo":
         assert 0 < history(folder, "reward")[0] < 1
+    # Without the callback, engines that shard and fp16 refuse the penalty.
+    assert len(history(folder, "s0/penalty")) == 2
     assert not (folder / "answers.jsonl").exists()
 
 

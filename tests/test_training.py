@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -306,6 +307,21 @@ def test_training_that_is_started_anew(architecture: Architecture, tmp_path: Pat
     trainer.train()
     for before, after in zip(start, states(trainer), strict=True):
         torch.testing.assert_close(after, (1 - 2 * RATE * LAMBDA) ** 3 * before, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("by", ["callback", "steps"])
+def test_models_that_are_given_up_leave_nothing_behind(architecture: Architecture, by: str) -> None:
+    """Also where the end of their training was announced to nobody."""
+    model = only_penalised(architecture)
+    if by == "steps":
+        OptimizerSteps(model).begin()
+    else:
+        S0Callback().on_train_begin(SimpleNamespace(), TrainerState(), TrainerControl(), model=model)
+    model(torch.tensor([[5, 6, 7]])).logits.sum().backward()
+    states = [weakref.ref(weight) for weight in weights(model)]
+    del model
+    gc.collect()
+    assert not any(state() is not None for state in states)
 
 
 @pytest.fixture
