@@ -15,7 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -363,6 +363,17 @@ def test_a_cancelled_request_gives_its_row_to_others(served: Served) -> None:
         assert len(engine._batch) == 0
 
 
+def test_who_waits_for_cancelled_requests_is_told(served: Served) -> None:
+    """Of one that decodes and of those in the queue."""
+    with served.engine(rows=1) as engine:
+        engine._ends, started = set(), []
+        futures = [engine.submit(served.request(max_tokens=480), started.append) for _ in range(3)]
+        until(lambda: bool(started))
+        assert all(future.cancel() for future in futures)
+        assert not wait(futures, timeout=20).not_done
+        assert engine.submit(served.request(max_tokens=2)).result(timeout=60)
+
+
 def test_a_listener_that_raises_ends_its_request_alone(served: Served, engine: Engine) -> None:
     def raises(piece: str) -> None:
         raise OSError("gone")
@@ -384,6 +395,31 @@ def test_a_task_whose_file_was_changed_fails_alone(served: Served, tmp_path: Pat
             futures.pop("copy").result(timeout=60)
         for task, future in futures.items():
             assert future.result(timeout=60).text == served.answers[task][2]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_end_their_request_alone(served: Served, temperature: float) -> None:
+    class Overflowing(Engine):
+        def run(self, tasks: Any, starts: bool, **inputs: Any) -> Any:
+            output = super().run(tasks, starts, **inputs)
+            if not starts:
+                output.logits[[task == "second" for task in tasks], :, 5] = torch.nan
+            return output
+
+    with Overflowing(served.bank(), served.tokenizer) as engine:
+        with halted(engine.bank):
+            bad = engine.submit(served.request(task="second", temperature=temperature))
+            good = [engine.submit(served.request(PROMPTS[i], "third")) for i in range(2)]
+        with pytest.raises(ValueError, match="Task 'second': the model's logits are NaN or infinite"):
+            bad.result(timeout=60)
+        assert [future.result(timeout=60).text for future in good] == served.answers["third"][:2]
+        assert engine.alive
+
+
+def test_temperatures_too_low_to_divide_by(served: Served, engine: Engine) -> None:
+    for temperature in (1e-6, 1e-40, 5e-324):
+        answer = engine.submit(served.request(PROMPTS[0], "first", temperature=temperature)).result(timeout=60)
+        assert answer.text == served.answers["first"][0]
 
 
 def test_a_step_that_fails_ends_what_runs_and_nothing_else(served: Served) -> None:
@@ -483,6 +519,12 @@ def test_what_an_engine_refuses(served: Served, engine: Engine) -> None:
         ({"stop": [""]}, "A stop text is empty"),
     ]:
         with pytest.raises(ValueError, match=message):
+            Request(**{"prompt": [5], **arguments})
+    for arguments, message in [
+        ({"prompt": "def"}, r"must be token ids, as of tokenizer\(text\)\['input_ids'\], got 'def'"),
+        ({"stop": "return"}, r"stop must be a list of texts, got 'return'; pass \['return'\]"),
+    ]:
+        with pytest.raises(TypeError, match=message):
             Request(**{"prompt": [5], **arguments})
     with pytest.raises(ValueError, match="rows must be an integer >= 1, got 0"):
         served.engine(rows=0)
