@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -292,18 +293,14 @@ class Bytes:
         self.backend_tokenizer = Tokenizer(models.BPE(letters, []))
         self.backend_tokenizer.decoder = decoders.ByteLevel()
 
-    def decode(self, tokens: list[int], skip_special_tokens: bool = True) -> str:
-        return self.backend_tokenizer.decode(tokens)
-
 
 @pytest.mark.parametrize("stop", [(), ("äb",), ("bc", "cde"), ("ü",)])
 def test_text_comes_in_whole_characters_and_without_stop_strings(stop: tuple[str, ...]) -> None:
     text = "aäa b äc cd cdé €"
     writer, pieces = Writer(Bytes(), stop), []
-    tokens = list(text.encode())
-    for token in tokens:
+    for token in text.encode():
         pieces.append(writer.add(token))
-    pieces.append(writer.finish(tokens))
+    pieces.append(writer.finish())
     assert "".join(pieces) == text
     assert not writer.stopped
     for token in "äbcdeü".encode():
@@ -316,10 +313,57 @@ def test_text_comes_in_whole_characters_and_without_stop_strings(stop: tuple[str
 
 
 def test_a_character_that_is_cut_off() -> None:
-    writer, tokens = Writer(Bytes()), list("a€".encode())[:-1]
-    pieces = [writer.add(token) for token in tokens]
+    writer = Writer(Bytes())
+    pieces = [writer.add(token) for token in "a€".encode()[:-1]]
     assert pieces == ["a", "", ""]
-    assert (writer.finish(tokens), writer.text) == ("\ufffd", "a\ufffd")
+    assert (writer.finish(), writer.text) == ("\ufffd", "a\ufffd")
+
+
+class Words:
+    """A tokenizer as Llama's: words with the space before them, other characters as bytes; 256 to 259 are words."""
+
+    def __init__(self) -> None:
+        tokens = [*(f"<0x{byte:02X}>" for byte in range(256)), "▁return", "▁x", "x", "("]
+        vocabulary = {token: i for i, token in enumerate(tokens)}
+        self.backend_tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+        parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        self.backend_tokenizer.decoder = decoders.Sequence(parts)
+
+    def read(self, tokens: list[int], prompt: list[int]) -> str:
+        writer = Writer(self, (), prompt)
+        pieces = [*map(writer.add, tokens), writer.finish()]
+        assert "".join(pieces) == writer.text
+        return writer.text
+
+
+def test_text_goes_on_where_the_prompt_ends() -> None:
+    """With the space that the first word begins with, as in what transformers makes of both together."""
+    tokenizer, draw = Words(), random.Random(0)
+    assert tokenizer.read([256, 257], [258, 259]) == " return x"
+    assert tokenizer.read([256, 257], []) == "return x"
+    parts = [[256], [257], [258], [259], list("é".encode()), list("😀".encode())]
+    for _ in range(300):
+        prompt, answer = ([*chain(*draw.choices(parts, k=draw.randint(1, 9)))] for _ in range(2))
+        before, whole = map(tokenizer.backend_tokenizer.decode, (prompt, prompt + answer))
+        assert tokenizer.read(answer, prompt) == whole[len(before) :]
+    # A prompt of which the last tokens begin within a character.
+    assert tokenizer.read([257, *"é".encode()], list("éééééaa😀".encode())) == " xé"
+
+
+def test_bytes_that_are_no_characters() -> None:
+    """Which such tokenizers take back: what was read as a character, they do not with what comes after it."""
+    assert Words().read([97, 131, 258], [258]) == "a\ufffdx"
+    assert Words().read([97, 131], [258]) == "a\ufffd"
+
+
+def test_an_end_that_has_text(served: Served) -> None:
+    """Not every model's end is a special token; the answer is without it all the same."""
+    with served.engine() as engine:
+        whole = engine.submit(served.request()).result(timeout=60)
+        engine._ends = {whole.tokens[4]}
+        cut = engine.submit(served.request()).result(timeout=60)
+    assert (cut.reason, cut.tokens) == ("stop", whole.tokens[: whole.tokens.index(whole.tokens[4]) + 1])
+    assert cut.text == served.tokenizer.decode(cut.tokens[:-1])
 
 
 @contextmanager

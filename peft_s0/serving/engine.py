@@ -237,7 +237,8 @@ class Engine:
                 generator.seed()
             else:
                 generator.manual_seed(request.seed)
-        row = _Row(request, Future(), listener, Writer(self.tokenizer, request.stop), generator)
+        writer = Writer(self.tokenizer, request.stop, request.prompt)
+        row = _Row(request, Future(), listener, writer, generator)
         with self._changed:
             if self._closed:
                 raise ClosedError("The engine is closed.")
@@ -392,7 +393,7 @@ class Engine:
         piece = "" if ended else row.writer.add(token)
         ended = ended or row.writer.stopped
         if ended or full:
-            piece += row.writer.finish(row.tokens)
+            piece += row.writer.finish()
         if piece and row.listener is not None and not row.future.cancelled():
             row.listener(piece)
         if ended or full:
