@@ -652,7 +652,11 @@ def site(engine: Engine) -> Iterator[Site]:
 @pytest.fixture(scope="module")
 def http(served: Served) -> Iterator[Site]:
     tokenizer = load_tokenizer()
-    tokenizer.chat_template = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for message in messages %}"
+        "{% if message['role'] == 'developer' %}{{ raise_exception('Unexpected role developer.') }}{% endif %}"
+        "{{ message['content'] }}{% endfor %}"
+    )
     with site(Engine(served.bank(), tokenizer, rows=8, queue=64)) as running:
         yield running
 
@@ -734,6 +738,9 @@ def test_errors_have_the_form_of_openai(http: Site) -> None:
         ("/v1/completions", {**good, "prompt": []}, None, "The prompt has no token"),
         ("/v1/completions", {**good, "stop": ""}, None, "A stop text is empty"),
         ("/v1/completions", b"{", "1", "JSON decode error"),
+        ("/v1/completions", {**good, "prompt": "a\ud83d"}, None, "surrogates not allowed"),
+        (chat, {"model": "first", "messages": [{"role": "user", "content": "\ud83d"}]}, None, "surrogates not allowed"),
+        (chat, {"model": "first", "messages": [{"role": "developer", "content": "a"}]}, None, "Unexpected role"),
         (chat, {"model": "first", "messages": []}, "messages", "at least 1 item"),
         (chat, {"model": "first", "messages": [{"role": "tool", "content": ""}]}, "messages.0.role", "Input should be"),
     ]:
