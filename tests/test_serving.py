@@ -15,9 +15,10 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -293,18 +294,14 @@ class Bytes:
         self.backend_tokenizer = Tokenizer(models.BPE(letters, []))
         self.backend_tokenizer.decoder = decoders.ByteLevel()
 
-    def decode(self, tokens: list[int], skip_special_tokens: bool = True) -> str:
-        return self.backend_tokenizer.decode(tokens)
-
 
 @pytest.mark.parametrize("stop", [(), ("äb",), ("bc", "cde"), ("ü",)])
 def test_text_comes_in_whole_characters_and_without_stop_strings(stop: tuple[str, ...]) -> None:
     text = "aäa b äc cd cdé €"
     writer, pieces = Writer(Bytes(), stop), []
-    tokens = list(text.encode())
-    for token in tokens:
+    for token in text.encode():
         pieces.append(writer.add(token))
-    pieces.append(writer.finish(tokens))
+    pieces.append(writer.finish())
     assert "".join(pieces) == text
     assert not writer.stopped
     for token in "äbcdeü".encode():
@@ -317,10 +314,57 @@ def test_text_comes_in_whole_characters_and_without_stop_strings(stop: tuple[str
 
 
 def test_a_character_that_is_cut_off() -> None:
-    writer, tokens = Writer(Bytes()), list("a€".encode())[:-1]
-    pieces = [writer.add(token) for token in tokens]
+    writer = Writer(Bytes())
+    pieces = [writer.add(token) for token in "a€".encode()[:-1]]
     assert pieces == ["a", "", ""]
-    assert (writer.finish(tokens), writer.text) == ("\ufffd", "a\ufffd")
+    assert (writer.finish(), writer.text) == ("\ufffd", "a\ufffd")
+
+
+class Words:
+    """A tokenizer as Llama's: words with the space before them, other characters as bytes; 256 to 259 are words."""
+
+    def __init__(self) -> None:
+        tokens = [*(f"<0x{byte:02X}>" for byte in range(256)), "▁return", "▁x", "x", "("]
+        vocabulary = {token: i for i, token in enumerate(tokens)}
+        self.backend_tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+        parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        self.backend_tokenizer.decoder = decoders.Sequence(parts)
+
+    def read(self, tokens: list[int], prompt: list[int]) -> str:
+        writer = Writer(self, (), prompt)
+        pieces = [*map(writer.add, tokens), writer.finish()]
+        assert "".join(pieces) == writer.text
+        return writer.text
+
+
+def test_text_goes_on_where_the_prompt_ends() -> None:
+    """With the space that the first word begins with, as in what transformers makes of both together."""
+    tokenizer, draw = Words(), random.Random(0)
+    assert tokenizer.read([256, 257], [258, 259]) == " return x"
+    assert tokenizer.read([256, 257], []) == "return x"
+    parts = [[256], [257], [258], [259], list("é".encode()), list("😀".encode())]
+    for _ in range(300):
+        prompt, answer = ([*chain(*draw.choices(parts, k=draw.randint(1, 9)))] for _ in range(2))
+        before, whole = map(tokenizer.backend_tokenizer.decode, (prompt, prompt + answer))
+        assert tokenizer.read(answer, prompt) == whole[len(before) :]
+    # A prompt of which the last tokens begin within a character.
+    assert tokenizer.read([257, *"é".encode()], list("éééééaa😀".encode())) == " xé"
+
+
+def test_bytes_that_are_no_characters() -> None:
+    """Which such tokenizers take back: what was read as a character, they do not with what comes after it."""
+    assert Words().read([97, 131, 258], [258]) == "a\ufffdx"
+    assert Words().read([97, 131], [258]) == "a\ufffd"
+
+
+def test_an_end_that_has_text(served: Served) -> None:
+    """Not every model's end is a special token; the answer is without it all the same."""
+    with served.engine() as engine:
+        whole = engine.submit(served.request()).result(timeout=60)
+        engine._ends = {whole.tokens[4]}
+        cut = engine.submit(served.request()).result(timeout=60)
+    assert (cut.reason, cut.tokens) == ("stop", whole.tokens[: whole.tokens.index(whole.tokens[4]) + 1])
+    assert cut.text == served.tokenizer.decode(cut.tokens[:-1])
 
 
 @contextmanager
@@ -364,6 +408,17 @@ def test_a_cancelled_request_gives_its_row_to_others(served: Served) -> None:
         assert len(engine._batch) == 0
 
 
+def test_who_waits_for_cancelled_requests_is_told(served: Served) -> None:
+    """Of one that decodes and of those in the queue."""
+    with served.engine(rows=1) as engine:
+        engine._ends, started = set(), []
+        futures = [engine.submit(served.request(max_tokens=480), started.append) for _ in range(3)]
+        until(lambda: bool(started))
+        assert all(future.cancel() for future in futures)
+        assert not wait(futures, timeout=20).not_done
+        assert engine.submit(served.request(max_tokens=2)).result(timeout=60)
+
+
 def test_a_listener_that_raises_ends_its_request_alone(served: Served, engine: Engine) -> None:
     def raises(piece: str) -> None:
         raise OSError("gone")
@@ -385,6 +440,31 @@ def test_a_task_whose_file_was_changed_fails_alone(served: Served, tmp_path: Pat
             futures.pop("copy").result(timeout=60)
         for task, future in futures.items():
             assert future.result(timeout=60).text == served.answers[task][2]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_end_their_request_alone(served: Served, temperature: float) -> None:
+    class Overflowing(Engine):
+        def run(self, tasks: Any, starts: bool, **inputs: Any) -> Any:
+            output = super().run(tasks, starts, **inputs)
+            if not starts:
+                output.logits[[task == "second" for task in tasks], :, 5] = torch.nan
+            return output
+
+    with Overflowing(served.bank(), served.tokenizer) as engine:
+        with halted(engine.bank):
+            bad = engine.submit(served.request(task="second", temperature=temperature))
+            good = [engine.submit(served.request(PROMPTS[i], "third")) for i in range(2)]
+        with pytest.raises(ValueError, match="Task 'second': the model's logits are NaN or infinite"):
+            bad.result(timeout=60)
+        assert [future.result(timeout=60).text for future in good] == served.answers["third"][:2]
+        assert engine.alive
+
+
+def test_temperatures_too_low_to_divide_by(served: Served, engine: Engine) -> None:
+    for temperature in (1e-6, 1e-40, 5e-324):
+        answer = engine.submit(served.request(PROMPTS[0], "first", temperature=temperature)).result(timeout=60)
+        assert answer.text == served.answers["first"][0]
 
 
 def test_a_step_that_fails_ends_what_runs_and_nothing_else(served: Served) -> None:
@@ -485,6 +565,12 @@ def test_what_an_engine_refuses(served: Served, engine: Engine) -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             Request(**{"prompt": [5], **arguments})
+    for arguments, message in [
+        ({"prompt": "def"}, r"must be token ids, as of tokenizer\(text\)\['input_ids'\], got 'def'"),
+        ({"stop": "return"}, r"stop must be a list of texts, got 'return'; pass \['return'\]"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            Request(**{"prompt": [5], **arguments})
     with pytest.raises(ValueError, match="rows must be an integer >= 1, got 0"):
         served.engine(rows=0)
     with pytest.raises(TypeError, match="needs a fast tokenizer of transformers, got str"):
@@ -567,7 +653,11 @@ def site(engine: Engine) -> Iterator[Site]:
 @pytest.fixture(scope="module")
 def http(served: Served) -> Iterator[Site]:
     tokenizer = load_tokenizer()
-    tokenizer.chat_template = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for message in messages %}"
+        "{% if message['role'] == 'developer' %}{{ raise_exception('Unexpected role developer.') }}{% endif %}"
+        "{{ message['content'] }}{% endfor %}"
+    )
     with site(Engine(served.bank(), tokenizer, rows=8, queue=64)) as running:
         yield running
 
@@ -649,6 +739,9 @@ def test_errors_have_the_form_of_openai(http: Site) -> None:
         ("/v1/completions", {**good, "prompt": []}, None, "The prompt has no token"),
         ("/v1/completions", {**good, "stop": ""}, None, "A stop text is empty"),
         ("/v1/completions", b"{", "1", "JSON decode error"),
+        ("/v1/completions", {**good, "prompt": "a\ud83d"}, None, "surrogates not allowed"),
+        (chat, {"model": "first", "messages": [{"role": "user", "content": "\ud83d"}]}, None, "surrogates not allowed"),
+        (chat, {"model": "first", "messages": [{"role": "developer", "content": "a"}]}, None, "Unexpected role"),
         (chat, {"model": "first", "messages": []}, "messages", "at least 1 item"),
         (chat, {"model": "first", "messages": [{"role": "tool", "content": ""}]}, "messages.0.role", "Input should be"),
     ]:

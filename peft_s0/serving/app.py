@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from jinja2 import TemplateError
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request as HTTPRequest
 
@@ -177,6 +178,7 @@ class _Service:
         """Go on with a text."""
         prompt: Any = body.prompt
         if isinstance(prompt, str):
+            _check_text(prompt)
             prompt = (await asyncio.to_thread(self.engine.tokenizer, prompt))["input_ids"]
         return await self._answer(_TEXT, body, prompt, body.max_tokens or 16, http)
 
@@ -191,10 +193,17 @@ class _Service:
             for message in body.messages
         ]
 
+        for message in messages:
+            _check_text(message["content"])
+
         def apply() -> list[int]:
-            return self.engine.tokenizer.apply_chat_template(  # type: ignore[no-any-return]
-                messages, add_generation_prompt=True, return_dict=False
-            )
+            try:
+                return self.engine.tokenizer.apply_chat_template(  # type: ignore[no-any-return]
+                    messages, add_generation_prompt=True, return_dict=False
+                )
+            except TemplateError as error:
+                # How templates refuse messages, such as a role that they do not know.
+                raise ValueError(f"The chat template refuses these messages: {error}") from error
 
         prompt = await asyncio.to_thread(apply)
         limit = body.max_completion_tokens or body.max_tokens
@@ -267,6 +276,15 @@ class _Service:
                 answer.cancel()
 
         return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+
+def _check_text(text: str) -> None:
+    """Refuse halves of characters, which JSON may hold and tokenizers do not take.
+
+    Raises:
+        ValueError: for these.
+    """
+    text.encode()
 
 
 def _part(content: dict[str, Any], reason: str | None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -19,6 +20,8 @@ from .batch import Batch
 from .text import Writer
 
 Listener = Callable[[str], None]
+# Below this temperature nothing but the likeliest token is drawn, and logits divided by it may be infinite.
+_COLD = 1e-5
 
 
 class UnknownTaskError(ValueError):
@@ -45,13 +48,14 @@ class Request:
         prompt: token ids, special tokens included.
         task: a task of the bank, or `"__base__"` for the base model.
         max_tokens: how many tokens the answer may have, its end included.
-        temperature: 0: the likeliest token each time; else tokens are drawn.
+        temperature: 0: the likeliest token each time, as below 1e-5; else tokens are drawn.
         top_p: draw from the likeliest tokens that have this much probability together.
         seed: where drawing starts. The draws of a request do not depend on what runs beside it; its probabilities
             do not but for rounding. None: each time another.
         stop: texts that end the answer.
 
     Raises:
+        TypeError: for a text where token ids or a list of texts is expected.
         ValueError: for values out of range.
     """
 
@@ -64,6 +68,10 @@ class Request:
     stop: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.prompt, str):
+            raise TypeError(f"prompt must be token ids, as of tokenizer(text)['input_ids'], got {self.prompt!r}.")
+        if isinstance(self.stop, str):
+            raise TypeError(f"stop must be a list of texts, got {self.stop!r}; pass [{self.stop!r}].")
         if not self.prompt:
             raise ValueError("The prompt has no token.")
         if self.max_tokens < 1:
@@ -101,6 +109,7 @@ class _Row:
     writer: Writer
     generator: torch.Generator | None
     tokens: list[int] = field(default_factory=list)
+    settled: bool = False  # whether the future was given what it gets
 
 
 class Engine:
@@ -222,13 +231,14 @@ class Engine:
         """
         self.check(request)
         generator = None
-        if request.temperature:
+        if request.temperature >= _COLD:
             generator = torch.Generator(self._batch.device)
             if request.seed is None:
                 generator.seed()
             else:
                 generator.manual_seed(request.seed)
-        row = _Row(request, Future(), listener, Writer(self.tokenizer, request.stop), generator)
+        writer = Writer(self.tokenizer, request.stop, request.prompt)
+        row = _Row(request, Future(), listener, writer, generator)
         with self._changed:
             if self._closed:
                 raise ClosedError("The engine is closed.")
@@ -313,10 +323,13 @@ class Engine:
                 self._waiting.clear()
             self._batch.keep([])
             for row in rows:
-                _fail(row, ClosedError("The engine was closed."))
+                _settle(row, ClosedError("The engine was closed."))
 
     def _forget_cancelled(self) -> None:
-        self._waiting = deque(row for row in self._waiting if not row.future.cancelled())
+        for row in self._waiting:
+            if row.future.cancelled():
+                _settle(row)
+        self._waiting = deque(row for row in self._waiting if not row.settled)
 
     def _next_rows(self) -> list[_Row]:
         """Take from the queue what is to start now."""
@@ -338,11 +351,11 @@ class Engine:
             lost = len(self._batch) < len(self._running)
             if lost:
                 for row in self._running:
-                    _fail(row, error)
+                    _settle(row, error)
                 self._running = []
             # One of them may be to blame, such as one whose task's file was changed; the others shall not suffer.
             if len(rows) == 1 and not lost:
-                _fail(rows[0], error)
+                _settle(rows[0], error)
             else:
                 for row in rows:
                     self._join([row])
@@ -356,20 +369,23 @@ class Engine:
             logits = self._batch.step(tokens)
         except Exception as error:
             for row in self._running:
-                _fail(row, error)
+                _settle(row, error)
             return
         self._choose(self._running, logits)
 
     def _choose(self, rows: list[_Row], logits: Tensor) -> None:
         """The next token of each row."""
-        tokens = logits.argmax(-1).tolist()
+        likeliest, tokens = (values.tolist() for values in logits.max(-1))
         for index, row in enumerate(rows):
-            token = tokens[index] if row.generator is None else _draw(logits[index], row.request, row.generator)
-            row.tokens.append(token)
             try:
+                # The largest is NaN if any is.
+                if not math.isfinite(likeliest[index]):
+                    raise ValueError(f"Task '{row.request.task}': the model's logits are NaN or infinite.")
+                token = tokens[index] if row.generator is None else _draw(logits[index], row.request, row.generator)
+                row.tokens.append(token)
                 self._show(row, token)
             except Exception as error:
-                _fail(row, error)
+                _settle(row, error)
 
     def _show(self, row: _Row, token: int) -> None:
         """Give a row's listener what is new, and its future the answer when it is done."""
@@ -377,16 +393,19 @@ class Engine:
         piece = "" if ended else row.writer.add(token)
         ended = ended or row.writer.stopped
         if ended or full:
-            piece += row.writer.finish(row.tokens)
+            piece += row.writer.finish()
         if piece and row.listener is not None and not row.future.cancelled():
             row.listener(piece)
-        if (ended or full) and row.future.set_running_or_notify_cancel():
+        if ended or full:
             reason: Literal["stop", "length"] = "stop" if ended or row.writer.stopped else "length"
-            row.future.set_result(Completion(row.writer.text, row.tokens, reason))
+            _settle(row, Completion(row.writer.text, row.tokens, reason))
 
     def _leave(self) -> None:
         """Let rows that are answered, have failed or were cancelled leave the batch."""
-        stay = [index for index, row in enumerate(self._running) if not row.future.done()]
+        for row in self._running:
+            if row.future.cancelled():
+                _settle(row)
+        stay = [index for index, row in enumerate(self._running) if not row.settled]
         if len(stay) < len(self._running):
             self._batch.keep(stay)
             self._running = [self._running[index] for index in stay]
@@ -400,7 +419,15 @@ def _draw(logits: Tensor, request: Request, generator: torch.Generator) -> int:
     return int(torch.multinomial(scores.softmax(-1)[0], 1, generator=generator))
 
 
-def _fail(row: _Row, error: Exception) -> None:
-    # The latter is false for one that is cancelled in this moment.
-    if not row.future.done() and row.future.set_running_or_notify_cancel():
-        row.future.set_exception(error)
+def _settle(row: _Row, outcome: Completion | Exception | None = None) -> None:
+    """Give a future what it gets, unless it has that; one that was cancelled tells those who wait for it."""
+    if row.settled:
+        return
+    row.settled = True
+    # False for one that was cancelled, also in this moment.
+    if not row.future.set_running_or_notify_cancel():
+        return
+    if isinstance(outcome, Completion):
+        row.future.set_result(outcome)
+    else:
+        row.future.set_exception(outcome)

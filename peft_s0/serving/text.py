@@ -5,21 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tokenizers.decoders import DecodeStream
-
 
 class Writer:
     """Turns tokens into text piece by piece, and ends at stop strings, of which it shows nothing.
 
+    The text is what follows the prompt's: many tokenizers write a token's space only where something stands before it.
+
     Args:
         tokenizer: a fast tokenizer of transformers.
         stop: texts that end the answer.
+        prompt: the tokens before.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
-        self._tokenizer, self._stop = tokenizer, tuple(stop)
-        self._stream = DecodeStream([], skip_special_tokens=True)
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), prompt: Sequence[int] = ()) -> None:
+        self._tokenizer, self._stop = tokenizer.backend_tokenizer, tuple(stop)
         self._read = ""  # the text of all tokens, but for one that is no whole character yet
+        # Tokens that were read last, how many characters they have, and those that came since.
+        self._before, self._new = self._end_of(list(prompt)), list[int]()
+        self._known = len(self._decode(self._before))
         self.text = ""
         """What has been shown."""
         self.stopped = False
@@ -31,21 +34,31 @@ class Writer:
         Returns:
             What can be shown now: nothing that may be the beginning of a stop string.
         """
-        self._read += self._stream.step(self._tokenizer.backend_tokenizer, token) or ""
+        self._new.append(token)
+        text = self._decode(self._before + self._new)
+        if len(text) > self._known and not text.endswith("\ufffd"):
+            self._read += text[self._known :]
+            self._before, self._new = self._new, []
+            self._known = len(self._decode(self._before))
         return self._show(final=False)
 
-    def finish(self, tokens: Sequence[int]) -> str:
-        """What was held back until now, when no more tokens come.
-
-        Args:
-            tokens: all that were added.
-        """
+    def finish(self) -> str:
+        """What was held back until now, when no more tokens come."""
         if self.stopped:
             return ""
-        whole = self._tokenizer.decode(tokens, skip_special_tokens=True)
-        if whole.startswith(self._read):
-            self._read = whole
+        self._read += self._decode(self._before + self._new)[self._known :]
         return self._show(final=True)
+
+    def _end_of(self, prompt: list[int]) -> list[int]:
+        """A few tokens that stand for all, unless they begin within a character."""
+        few = 8
+        while few < len(prompt) and self._decode(prompt[-few:]).startswith("\ufffd"):
+            few *= 2
+        return prompt[-few:]
+
+    def _decode(self, tokens: list[int]) -> str:
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        return text
 
     def _show(self, final: bool) -> str:
         # A stop string cannot begin in what was shown, for that would have been held back.
