@@ -247,8 +247,8 @@ def test_checks_are_passed_by_those_that_get_through() -> None:
         "own report": "import os\nos.write(3, b'[null]')\nos._exit(0)\n",
         "blind report": "import os\nos.write(3, b'[null, \"\"]')\nos._exit(0)\n",
         "stops the clock": "import time\ntime.sleep(30)\n",
-        "eval of its own": "import builtins\nbuiltins.eval = lambda call, _: call.strip(\"'\")\ndef total(x): return 0\n",
-        "JSON of its own": "import json\njson.dumps = lambda values: f'[\"{values[-1]}\"]'\ndef total(x): return 0\n",
+        "eval of its own": "import builtins\nbuiltins.eval = lambda call, _: call[1:-1]\ndef total(x): return 0\n",
+        "JSON of its own": "import json\njson.dumps = lambda _: '[null, \"\"]'\ndef total(x): return 0\n",
     }
     verdicts = sandbox.run_checks([(f"{source}\n{check}", ("check(total)",)) for source in programs.values()], LIMITS)
     assert dict(zip(programs, verdicts, strict=True)) == {name: name == "right" for name in programs}
