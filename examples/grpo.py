@@ -25,13 +25,13 @@ A run that was stopped goes on with `--resume_from_checkpoint my-task/checkpoint
 `--help` lists them; `--config file.yaml` reads them from a file.
 """
 
-import re
 from itertools import islice
 
 from datasets import Dataset, DatasetDict, IterableDataset
 from trl import GRPOConfig, GRPOTrainer, get_quantization_config
 
 from arguments import PAPER, TINY, check_splits, load_data, parse_arguments
+from fences import last_block
 from miniature.evaluate import compare
 from miniature.execute import calls_and_values, passes
 from miniature.task import problems
@@ -61,9 +61,7 @@ def program_of(prompt: Text, completion: Text) -> str:
     """The program that a completion gives: a continuation of the prompt, or a block of code in an answer."""
     if isinstance(completion, str):
         return f"{prompt}{completion}"
-    answer = completion[-1]["content"]
-    blocks = re.findall(r"^```(?:python)?\n(.*?)^```", answer, flags=re.DOTALL | re.MULTILINE)
-    return blocks[-1] if blocks else answer
+    return last_block(completion[-1]["content"], "py")
 
 
 def passes_tests(prompts: list[Text], completions: list[Text], tests: list[list[str]], **_: object) -> list[float]:

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import sandbox
+from fences import last_block
 from tasks import Row, Task, database, pose
 
 
@@ -134,21 +135,13 @@ def generate(
     return completions
 
 
-def block_of(answer: str, language: str) -> str:
-    """The last block of code in a chat model's answer; the answer itself if it has none."""
-    blocks = re.findall(rf"^[ \t]*```(?:{language}\w*)?[ \t]*\n(.*?)^[ \t]*```", answer, re.DOTALL | re.MULTILINE)
-    return blocks[-1] if blocks else answer
-
-
 def program_of(row: Row, completion: str, chat: bool) -> str:
     """The program that a completion gives.
 
     A chat model's block follows the prompt, whose imports and helpers it may need and whose function it defines anew.
-    Without a chat template the completion goes on with the prompt, up to the first line after the function.
+    Without a chat template the completion goes on with the prompt.
     """
-    if chat:
-        return f"{row['prompt']}\n{block_of(completion, 'py')}"
-    return row["prompt"] + re.split(r"\n(?=[^\s#])", completion, maxsplit=1)[0]
+    return f"{row['prompt']}\n{last_block(completion, 'py')}" if chat else row["prompt"] + completion
 
 
 def grade_programs(task: Task, rows: Sequence[Row], completions: Sequence[str], chat: bool) -> list[bool]:
@@ -166,6 +159,7 @@ import sqlite3
 
 def rows(path, query):
     connection = sqlite3.connect("file:" + path + "?mode=ro&immutable=1", uri=True)
+    connection.execute("PRAGMA temp_store = MEMORY")  # what is sorted, for there is no place to write
     connection.text_factory = lambda text: text.decode(errors="replace")
     return [[value.hex() if isinstance(value, bytes) else value for value in row] for row in connection.execute(query)]
 """
@@ -183,7 +177,7 @@ def grade_queries(
         path = database(row["db_id"], databases).resolve().as_uri().removeprefix("file://")
         return _QUERY, (f"rows({path!r}, {query!r})",)
 
-    queries = [block_of(completion, "sql") if chat else completion for completion in completions]
+    queries = [last_block(completion, "sql") if chat else completion for completion in completions]
     asked = [program(row, query) for row, query in zip(rows, queries, strict=True)]
     expected = [program(row, row["query"]) for row in rows]
     limits = sandbox.Limits(seconds=task.seconds, cpu_seconds=int(task.seconds), memory=1 << 30, report=16 << 20)
@@ -239,6 +233,8 @@ def answer(
     chosen = [rows[problem] for problem in problems]
     prompts = [student.prompt(task, row) for row in chosen]
     completions = generate(student, prompts, task.new_tokens, sampling, seed, f"{task.name}, {len(prompts)} problems")
+    if not student.chat:
+        completions = [re.split(task.stop, completion, maxsplit=1)[0] for completion in completions]
     if task.name == "spider":
         assert databases is not None, "the rows were loaded with it"
         passed = grade_queries(task, chosen, completions, student.chat, databases)

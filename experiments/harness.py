@@ -54,7 +54,7 @@ def answer(
         "num_fewshot": 0,
         "repeats": 1,
         "generation_kwargs": {
-            "until": [],
+            "until": [] if student.chat else [task.stop],
             "max_gen_toks": student.new_tokens or task.new_tokens,
             **sampling.arguments,
         },

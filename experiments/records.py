@@ -63,6 +63,13 @@ def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
+def differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """Which arguments of a record are not those that are wanted: "seed = 1, not 2"; nothing if all are."""
+    wanted = json.loads(json.dumps(wanted))
+    others = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    return ", ".join(f"{name} = {found.get(name)!r}, not {wanted.get(name)!r}" for name in others)
+
+
 def done(path: Path, arguments: dict[str, Any]) -> dict[str, Any] | None:
     """The record of a run, if it is there.
 
@@ -72,9 +79,6 @@ def done(path: Path, arguments: dict[str, Any]) -> dict[str, Any] | None:
     if not path.exists():
         return None
     record = read(path)
-    wanted, found = json.loads(json.dumps(arguments)), record["arguments"]
-    if wanted != found:
-        others = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-        pairs = ", ".join(f"{name} = {found.get(name)!r}, not {wanted.get(name)!r}" for name in others)
-        raise ValueError(f"{path} was made with {pairs}. Remove it, or write to another --output.")
+    if others := differences(record["arguments"], arguments):
+        raise ValueError(f"{path} was made with {others}. Remove it, or write to another --output.")
     return record

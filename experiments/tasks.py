@@ -45,6 +45,8 @@ class Task:
         held_out: The problems that are evaluated on.
         prompt: A Jinja template of a row: what a chat model is asked.
         text: The same for a model without a chat template, which goes on from there.
+        stop: Where such a model has gone on to something else: its answer ends before. A regular expression, of the
+            harness's tasks plain text.
         new_tokens: The longest answer.
         harness: For tasks that lm-evaluation-harness scores: its own file for the task.
         metric: The score there that counts.
@@ -59,6 +61,7 @@ class Task:
     held_out: Part
     prompt: str
     text: str
+    stop: str
     new_tokens: int
     harness: str | None = None
     metric: str | None = None
@@ -84,6 +87,7 @@ TASKS = {
             prompt="Complete this Python function. Answer with one block of code that holds the whole function.\n\n"
             "```python\n{{prompt}}\n```",
             text="{{prompt}}",
+            stop=r"\n(?=[^\s#])",  # the first line after the function
             new_tokens=768,
         ),
         # Of the other tasks the paper does not say which problems it collects from: as many as of HumanEval.
@@ -96,6 +100,7 @@ TASKS = {
             held_out=Part("test"),
             prompt="{{question}}\n\nThink step by step, and end with a sentence that says: The answer is",
             text="Question: {{question}}\nAnswer:",
+            stop="\nQuestion:",
             new_tokens=768,
             harness="gsm8k/gsm8k-cot-zeroshot.yaml",
             metric="exact_match,flexible-extract",
@@ -109,6 +114,7 @@ TASKS = {
             held_out=Part("test", 80),
             prompt="{{problem}}\n\nThink step by step, and put the final answer in \\boxed{}.",
             text="Problem: {{problem}}\nSolution:",
+            stop="\nProblem:",
             new_tokens=1536,
             harness="minerva_math/minerva_math500.yaml",
             metric="math_verify,none",
@@ -122,6 +128,7 @@ TASKS = {
             held_out=Part("validation"),
             prompt="{{schema}}\n\nWrite a SQLite query for this question: {{question}}\nAnswer with one block of SQL.",
             text="{{schema}}\n-- {{question}}\n",
+            stop=r";|\n\n|\n--",
             new_tokens=256,
             seconds=30,
         ),

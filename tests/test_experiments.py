@@ -531,10 +531,45 @@ def test_programs_in_answers() -> None:
     prose = "I would add three."
     first_wrong = wrong + "\n" + good
     completions = [good, body_only, helped, wrong, prose, first_wrong, "```python\nimport os\nos._exit(0)\n```"]
-    verdicts = answers.grade_programs(TASKS["humaneval"], [row] * 7, completions, chat=True)
-    assert verdicts == [True, True, True, False, False, True, False]
-    text = ["    return x + 3\n\nprint(undefined)\n", "    y = x\n# so\n    return y + 3\nclass", "    return x\n"]
+    completions[1:1] = [
+        good.replace("python", "Python"),
+        "```bash\npip install plus\n```\nand then\n" + good,
+        good + "\nIt gives\n```\n[1, 2]\n```\n",
+    ]
+    verdicts = answers.grade_programs(TASKS["humaneval"], [row] * 10, completions, chat=True)
+    assert verdicts == [True] * 6 + [False, False, True, False]
+    text = ["    return x + 3\n", "    y = x\n# so\n    return y + 3", "    return x\n"]
     assert answers.grade_programs(TASKS["humaneval"], [row] * 3, text, chat=False) == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("task", "written", "meant"),
+    [
+        ("humaneval", "    return x + 3\n\nprint(undefined)\n", "    return x + 3\n"),
+        ("humaneval", "    y = x\n# so\n    return y + 3\nclass", "    y = x\n# so\n    return y + 3"),
+        ("spider", "{query};\n\n-- Which name has the value 9 ?\nSELECT 1;\n", "{query}"),
+        ("spider", "{query}\n-- Which name has the value 9 ?\nSELECT 1\n", "{query}"),
+        ("gsm8k", " The answer is 4 .\nQuestion: What is 8 plus 1 ?\nAnswer: The answer is 9 .", " The answer is 4 ."),
+        ("math500", " So \\boxed{5}\n\nProblem: What is $7 + 2$ ?\nSolution: So \\boxed{9}", " So \\boxed{5}\n"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_what_comes_after_the_answer_is_not_the_answer(
+    task: str, written: str, meant: str, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model without a chat template goes on, with problems of its own."""
+    needs_harness(task)
+    written, meant = (text.replace("{query}", row_of("spider", 3)["query"]) for text in (written, meant))
+    made = bench(task, model, data, tmp_path)
+    texts = [written, *(answers.pose(TASKS[task], row, chat=False) for row in made.rows(TASKS[task].train.split)[:4])]
+    student = Student(made.base().model, make_tokenizer(texts), new_tokens=32)
+    student.tokenizer.chat_template = None
+    ids = torch.tensor([*student.tokenizer(written).input_ids, 1])
+    monkeypatch.setattr(
+        type(student.model), "generate", lambda _, input_ids, **__: torch.stack([torch.cat([input_ids[0], ids])])
+    )
+    (given,) = made.answer(student, TASKS[task].train, [1], GREEDY, 0)
+    assert (given.completion, given.passed) == (meant, True)
 
 
 def test_queries(data: Path) -> None:
@@ -562,6 +597,22 @@ def test_queries(data: Path) -> None:
     assert [path.name for path in file.parent.iterdir()] == [file.name]
     with pytest.raises(ValueError, match="the query 'SELECT x FROM nowhere' of 'numbers' fails"):
         answers.grade_queries(quick, [{**row, "query": "SELECT x FROM nowhere"}], [""], False, folder)
+
+
+def test_a_query_that_sorts_more_than_sqlite_keeps_in_memory(tmp_path: Path) -> None:
+    file = tmp_path / "databases" / "large" / "large.sqlite"
+    file.parent.mkdir(parents=True)
+    with closing(sqlite3.connect(file)) as connection, connection:
+        connection.execute("CREATE TABLE words (number INTEGER, word TEXT)")
+        connection.executemany(
+            "INSERT INTO words VALUES (?, ?)", ((n, f"{n * 7919 % 100003:050}") for n in range(200000))
+        )
+    query = "SELECT count(DISTINCT word) FROM words"
+    row = {"db_id": "large", "query": query}
+    assert answers.grade_queries(TASKS["spider"], [row] * 2, [query, "SELECT 1"], False, file.parents[1]) == [
+        True,
+        False,
+    ]
 
 
 def test_same_rows_against_all_orders_of_columns() -> None:

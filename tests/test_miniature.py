@@ -113,6 +113,24 @@ def test_records_of_other_counts_are_refused(finished: Path) -> None:
         work.do(job, finished, Counts(held_out=6, validation=5, solutions=3, steps=2, documents=1, texts=1), HERE)
 
 
+def test_a_folder_has_results_of_one_kind(finished: Path) -> None:
+    """Also of tables that have no job in common: the report is on both."""
+    before = jobs(finished)
+    for option, expected in (("--held-out", "held_out = 6, not 9"), ("--rates", "rates = 2, not 9")):
+        with pytest.raises(ValueError, match=f"was made with {expected}.*another --output"):
+            run.main([*command(finished, "rank"), option, "9"])
+    assert jobs(finished) == before
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_rates_are_chosen_on_the_same_seeds_whichever_tables_are_asked_for(table: str) -> None:
+    of_all = run.tuning_seeds_of(run.seeds_of_trainings(TABLES, 10), 2)
+    for seeds in (10, 3):
+        own = run.tuning_seeds_of(run.seeds_of_trainings([table], seeds), 2)
+        assert own.items() <= of_all.items()
+    assert {len(seeds) for seeds in of_all.values()} == {1, 2}
+
+
 class Stopped(Exception):
     """What stands for a run's end in the midst of it."""
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -178,6 +179,39 @@ def test_no_process_is_left() -> None:
     assert not left
 
 
+SLEEPER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import sandbox
+sandbox.run([("import time\\ntime.sleep(300)", ("1",))], sandbox.Limits(seconds=300))
+"""
+
+
+@pytest.mark.parametrize("who", WHO)
+def test_no_program_outlives_an_interrupt(who: str, folder: Path) -> None:
+    """Ctrl-C ends the runner, which then cannot stop a program that sleeps."""
+    command = WHO[who](folder)
+    if command is None:
+        pytest.skip("needs root, and setpriv")
+    with subprocess.Popen([*command, "-c", SLEEPER, str(folder)], cwd="/", stderr=subprocess.DEVNULL) as process:
+        try:
+            deadline, sleeps = time.monotonic() + 60, False
+            while not sleeps:  # the last of them, which runs the program
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+                with contextlib.suppress(psutil.Error, IndexError):  # those that try for namespaces end again
+                    runner = psutil.Process(process.pid).children()[0]
+                    below = runner.children(recursive=True)
+                    sleeps = below[-1].cpu_percent(0.5) == 0
+            runner.send_signal(signal.SIGINT)
+            left = psutil.wait_procs([runner, *below], timeout=20)[1]
+        finally:
+            process.kill()
+        for each in left:
+            each.kill()
+    assert not left
+
+
 def test_values_reports_and_repeats() -> None:
     programs = [
         (RIGHT, ("total(1)", "[total('a'), None]")),
@@ -213,9 +247,16 @@ def test_checks_are_passed_by_those_that_get_through() -> None:
         "own report": "import os\nos.write(3, b'[null]')\nos._exit(0)\n",
         "blind report": "import os\nos.write(3, b'[null, \"\"]')\nos._exit(0)\n",
         "stops the clock": "import time\ntime.sleep(30)\n",
+        "eval of its own": "import builtins\nbuiltins.eval = lambda call, _: call[1:-1]\ndef total(x): return 0\n",
+        "JSON of its own": "import json\njson.dumps = lambda _: '[null, \"\"]'\ndef total(x): return 0\n",
     }
     verdicts = sandbox.run_checks([(f"{source}\n{check}", ("check(total)",)) for source in programs.values()], LIMITS)
     assert dict(zip(programs, verdicts, strict=True)) == {name: name == "right" for name in programs}
+
+
+@pytest.mark.parametrize("end", ["if False: \\", "f = lambda: \\", 'text = """', "if False:", "# \\", "(", "pass;"])
+def test_a_last_line_takes_no_check_in(end: str) -> None:
+    assert sandbox.run_checks([(f"def total(x): return 0\n{end}", ("undefined(total)",))], LIMITS) == [False]
 
 
 def test_permission(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,12 +82,13 @@ def run(programs: Sequence[Program], limits: Limits | None = None, readable: Seq
 def run_checks(programs: Sequence[Program], limits: Limits | None = None) -> list[bool]:
     """Whether each program gets through to its end and all its calls, such as `check(total)`, come back without error.
 
-    A token that is asked for last tells this from a program that ends its process, or writes a report of its own,
-    before the calls are made.
+    The calls are its last lines, so that nothing that a program puts in the place of `eval` makes them. A token that is
+    asked for afterwards tells this from a program that ends its process, or writes a report of its own, before.
     """
     token = secrets.token_hex(8)
-    reports = run([(source, (*calls, repr(token))) for source, calls in programs], limits)
-    return [report is not None and report.endswith(f'"{token}"]') for report in reports]
+    # Behind an empty line, which a last line that goes on, such as `if False: \`, cannot take in.
+    reports = run([("\n".join([source, "", *calls]), (repr(token),)) for source, calls in programs], limits)
+    return [report == f'["{token}"]' for report in reports]
 
 
 def _run_batch(batch: Sequence[Program], limits: Limits, readable: list[str]) -> list[str]:

@@ -139,6 +139,8 @@ def _confine(pipe: int, order: dict) -> None:
         os.dup2(null, standard)
     os.closerange(4, 256)
     _give_up_privileges()
+    if sys.platform == "linux":  # after the change of user, which would take it back
+        _libc("prctl", _DIE_WITH_PARENT, signal.SIGKILL, 0, 0, 0)
     _limit("RLIMIT_CPU", order["cpu_seconds"])
     _limit("RLIMIT_AS", order["memory"])
     _limit("RLIMIT_DATA", order["memory"])

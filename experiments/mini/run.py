@@ -20,7 +20,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import fields
+from dataclasses import asdict, fields
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from tqdm.auto import tqdm  # noqa: E402
 
+import records  # noqa: E402
 from mini.plan import HELD_OUT, LARGE, TABLES, Training, Use  # noqa: E402
 from mini.report import publish, write_report  # noqa: E402
 from mini.results import write_results  # noqa: E402
@@ -76,6 +77,36 @@ def seeds_of_trainings(tables: Iterable[str], most: int) -> dict[Training, range
             number = 1 if row.training.method == "base" else min(most, table.seeds)
             found[row.training] = max(found.get(row.training, 0), number)
     return {training: range(number) for training, number in found.items()}
+
+
+def tuning_seeds_of(trainings: Iterable[Training], most: int) -> dict[Training, range]:
+    """The seeds that the rates of trainings are chosen on, the same whichever tables are asked for.
+
+    Args:
+        trainings: Of any number of solutions.
+        most: How many there are for what has as many seeds as any table has; with half as many it is half of them.
+    """
+    whole = max(table.seeds for table in TABLES.values())
+    seeds = seeds_of_trainings(TABLES, whole)
+    return {
+        training.tuning: range(TUNING_SEED, TUNING_SEED + math.ceil(most * len(seeds[training.tuning]) / whole))
+        for training in trainings
+        if training.is_trained
+    }
+
+
+def check_folder(folder: Path, counts: Counts, place: Place) -> None:
+    """Notes what figures of a folder depend on, but for the number of seeds, which may grow.
+
+    Raises:
+        ValueError: If something else is in it: the report is on all that is there.
+    """
+    settings = {name: value for name, value in asdict(counts).items() if name != "seeds"} | {"dtype": place.dtype}
+    path = folder / "settings.json"
+    if not path.exists():
+        records.write(path, settings, {}, place.device)
+    elif others := records.differences(records.read(path)["arguments"], settings):
+        raise ValueError(f"{folder} was made with {others}. Write to another --output.")
 
 
 def prepare_worker() -> None:
@@ -183,11 +214,8 @@ def main(words: list[str] | None = None) -> None:
     folder = arguments.output
     where = (folder, counts, Place(arguments.device, arguments.dtype))
     uses, seeds = uses_of_trainings(), seeds_of_trainings(arguments.tables, counts.seeds)
-    tuning_seeds = {
-        training.tuning: range(TUNING_SEED, TUNING_SEED + math.ceil(counts.tuning_seeds * len(own) / counts.seeds))
-        for training, own in seeds.items()
-        if training.is_trained
-    }
+    tuning_seeds = tuning_seeds_of(seeds, counts.tuning_seeds)
+    check_folder(*where)
     needed = dict.fromkeys(
         (training.model, training.data, seed)
         for training, own in seeds.items()
