@@ -581,6 +581,32 @@ def bank_of(name: str) -> StateBank:
     return StateBank(get_peft_model(row.build(), S0Config()).eval(), 1)
 
 
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0] * 8, "long_factor": [3.0] * 8},
+        {"rope_type": "dynamic", "factor": 4.0},
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_rows_that_change_beside_longer_ones(served: Served, rope: dict[str, Any]) -> None:
+    """By a rotary embedding that is chosen by the longest row of a batch."""
+    row = next(row for row in ARCHITECTURES if row.name == "falcon_h1")
+    config = row.build().config
+    config.max_position_embeddings = 16
+    config.rope_parameters = {**config.rope_parameters, **rope, "original_max_position_embeddings": 16}
+    torch.manual_seed(0)
+    model = row.model_class(config).eval()
+    short, long = [5, 9, 3], list(range(3, 40))
+    with torch.no_grad():
+        together = Batch(model, lambda tasks, starts, **inputs: model(**inputs)).join([short, long], ["__base__"] * 2)
+        assert float((together[0] - model(torch.tensor([short])).logits[0, -1]).abs().max()) > 0.05
+    bank = StateBank(get_peft_model(model, S0Config()).eval(), 1)
+    with pytest.raises(ValueError, match=r"rotary embedding of FalconH1ForCausalLM changes .* Pass max_length=16"):
+        Engine(bank, served.tokenizer, max_length=64)
+    Engine(bank, served.tokenizer, max_length=16).close()
+
+
 def test_models_that_cannot_be_served(served: Served) -> None:
     with pytest.raises(ValueError, match="is of a kind into which rows cannot be put"):
         Engine(bank_of("glm5_next"), served.tokenizer, max_length=64)
