@@ -184,7 +184,7 @@ class StateBank:
         Raises:
             TypeError: if `tasks` is no list.
             ValueError: for no tasks, unknown ones, more different ones than slots, states that are not finite or
-                whose file was changed, and for a model in training mode.
+                whose file was changed, and for a model in training mode or whose adapters are disabled.
             RuntimeError: inside of another `use` of this thread, and after `close`.
         """
         if not isinstance(tasks, (list, tuple)):
@@ -271,6 +271,11 @@ class StateBank:
         if self._tuner.training:
             raise ValueError("StateBank is for inference; call model.eval() first.")
         self._layers()
+        if slots and any(layer.disable_adapters for layer in self._all_layers()):
+            raise ValueError(
+                "The model's adapters are disabled, and with them the tasks of its StateBank. Use the bank outside of "
+                "disable_adapter(), or call enable_adapter_layers(); rows of the base model are '__base__'."
+            )
         rows = [slots.get(name, self.capacity) for name in tasks] if slots else []
         for layer in self._all_layers():
             # A layer without slots was tuned since the bank was made, by an adapter that is none of the rows'.
