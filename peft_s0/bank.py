@@ -124,7 +124,8 @@ class StateBank:
         file = find_states(str(model_id), **kwargs)
         if file is None or file.name != SAFETENSORS_WEIGHTS_NAME:
             raise ValueError(f"'{model_id}' has no {SAFETENSORS_WEIGHTS_NAME}; save the adapter with save_pretrained.")
-        task = _Task(name, config, file, shapes)
+        # The process may change its working directory before it reads the file.
+        task = _Task(name, config, file.absolute(), shapes)
         if self.host == "cpu":
             task.states = {target: stored.clone() for target, stored in task.read(values=True).items()}
         else:

@@ -470,6 +470,15 @@ def test_a_file_that_changes_after_it_was_added(served: Served, copied: Path) ->
         served.bank(ids, tasks=["task"])
 
 
+def test_a_working_directory_that_changes(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between adding a task by a relative path and reading its states."""
+    monkeypatch.chdir(served.folder)
+    served.bank.add("relative", "strong")
+    monkeypatch.chdir("/")
+    ids = served.tuned.ids(1, 5)
+    assert torch.equal(served.bank(ids, tasks=["relative"]).logits, served.alone("strong")(ids).logits)
+
+
 def test_tasks_in_memory_need_no_file(architecture: Architecture, folder: Path, copied: Path) -> None:
     bank = StateBank(tune(architecture).model, capacity=1, host="cpu")
     bank.add("task", copied)

@@ -282,6 +282,17 @@ def test_why_an_answer_ends(served: Served, engine: Engine) -> None:
     assert len(cut.tokens) < len(whole.tokens)
 
 
+def test_the_models_own_defaults_are_not_taken(served: Served) -> None:
+    """A request says all but where its answer ends."""
+    bank = served.bank()
+    bank.model.get_base_model().generation_config.update(do_sample=True, top_k=1, repetition_penalty=9.0)
+    with Engine(bank, served.tokenizer) as engine:
+        answer = engine.submit(served.request(PROMPTS[0], "first")).result(timeout=60)
+        assert answer.text == served.answers["first"][0]
+        drawn = [engine.submit(served.request(temperature=1.0, max_tokens=8, seed=seed)) for seed in range(8)]
+        assert len({tuple(future.result(timeout=60).tokens) for future in drawn}) > 1
+
+
 class Bytes:
     """A tokenizer of which the tokens are bytes."""
 
