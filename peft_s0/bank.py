@@ -24,6 +24,10 @@ from .rows import BASE
 from .storage import Stored, group
 
 
+class UnknownTaskError(ValueError):
+    """A request for a task that is not there."""
+
+
 class StateBank:
     """Serves many S0 adapters ("tasks") on one model, each row of a batch its own.
 
@@ -302,7 +306,7 @@ class StateBank:
 
     def _find(self, name: str) -> _Task:
         if name not in self._tasks:
-            raise ValueError(
+            raise UnknownTaskError(
                 f"StateBank: unknown task {name!r}, which is none of the {len(self)} in the bank; add() it."
             )
         return self._tasks[name]

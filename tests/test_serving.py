@@ -853,6 +853,24 @@ def test_a_broken_task_is_the_servers_fault(
     assert "The file was changed since it was added" in caplog.text
 
 
+def test_a_task_that_is_removed_while_its_request_waits(served: Served) -> None:
+    with site(served.engine(rows=1)) as small, ThreadPoolExecutor(2) as pool:
+        engine = small.engine
+        with halted(engine.bank):
+            first = engine.submit(served.request(max_tokens=4))
+            until(lambda: engine.load["waiting"] == 0)
+            answers = [
+                pool.submit(small.send, "/v1/completions", {"model": "second", "prompt": "def", "stream": stream})
+                for stream in (False, True)
+            ]
+            until(lambda: engine.load["waiting"] == 2)
+            engine.bank.remove("second")
+        for answer in answers:
+            status, body = answer.result(timeout=60)
+            assert (status, body["error"]["code"]) == (404, "model_not_found")
+        assert first.result(timeout=60)
+
+
 def test_a_task_with_the_models_name(served: Served, engine: Engine) -> None:
     with pytest.raises(ValueError, match="cannot be called 'first', as a task is"):
         create_app(engine, "first")

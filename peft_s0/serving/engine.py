@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TopPLogitsWarper
 
-from ..bank import StateBank
+from ..bank import StateBank, UnknownTaskError
 from ..rows import BASE
 from .batch import Batch
 from .text import Writer
@@ -22,10 +22,6 @@ from .text import Writer
 Listener = Callable[[str], None]
 # Below this temperature nothing but the likeliest token is drawn, and logits divided by it may be infinite.
 _COLD = 1e-5
-
-
-class UnknownTaskError(ValueError):
-    """A request for a task that is not there."""
 
 
 class TooLongError(ValueError):
