@@ -25,6 +25,10 @@ from .rows import BASE
 from .storage import Stored, group
 
 
+class UnknownTaskError(ValueError):
+    """A request for a task that is not there."""
+
+
 class StateBank:
     """Serves many S0 adapters ("tasks") on one model, each row of a batch its own.
 
@@ -125,7 +129,8 @@ class StateBank:
         file = find_states(str(model_id), **kwargs)
         if file is None or file.name != SAFETENSORS_WEIGHTS_NAME:
             raise ValueError(f"'{model_id}' has no {SAFETENSORS_WEIGHTS_NAME}; save the adapter with save_pretrained.")
-        task = _Task(name, config, file, shapes)
+        # The process may change its working directory before it reads the file.
+        task = _Task(name, config, file.absolute(), shapes)
         if self.host == "cpu":
             task.states = {target: stored.clone() for target, stored in task.read(values=True).items()}
         else:
@@ -185,7 +190,7 @@ class StateBank:
         Raises:
             TypeError: if `tasks` is no list.
             ValueError: for no tasks, unknown ones, more different ones than slots, states that are not finite or
-                whose file was changed, and for a model in training mode.
+                whose file was changed, and for a model in training mode or whose adapters are disabled.
             RuntimeError: inside of another `use` of this thread, and after `close`.
         """
         if not isinstance(tasks, (list, tuple)):
@@ -272,6 +277,11 @@ class StateBank:
         if self._tuner.training:
             raise ValueError("StateBank is for inference; call model.eval() first.")
         self._layers()
+        if slots and any(layer.disable_adapters for layer in self._all_layers()):
+            raise ValueError(
+                "The model's adapters are disabled, and with them the tasks of its StateBank. Use the bank outside of "
+                "disable_adapter(), or call enable_adapter_layers(); rows of the base model are '__base__'."
+            )
         rows = [slots.get(name, self.capacity) for name in tasks] if slots else []
         for layer in self._all_layers():
             # A layer without slots was tuned since the bank was made, by an adapter that is none of the rows'.
@@ -297,7 +307,7 @@ class StateBank:
 
     def _find(self, name: str) -> _Task:
         if name not in self._tasks:
-            raise ValueError(
+            raise UnknownTaskError(
                 f"StateBank: unknown task {name!r}, which is none of the {len(self)} in the bank; add() it."
             )
         return self._tasks[name]

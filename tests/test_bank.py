@@ -470,6 +470,15 @@ def test_a_file_that_changes_after_it_was_added(served: Served, copied: Path) ->
         served.bank(ids, tasks=["task"])
 
 
+def test_a_working_directory_that_changes(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between adding a task by a relative path and reading its states."""
+    monkeypatch.chdir(served.folder)
+    served.bank.add("relative", "strong")
+    monkeypatch.chdir("/")
+    ids = served.tuned.ids(1, 5)
+    assert torch.equal(served.bank(ids, tasks=["relative"]).logits, served.alone("strong")(ids).logits)
+
+
 def test_tasks_in_memory_need_no_file(architecture: Architecture, folder: Path, copied: Path) -> None:
     bank = StateBank(tune(architecture).model, capacity=1, host="cpu")
     bank.add("task", copied)
@@ -554,6 +563,32 @@ def test_requests_that_make_no_sense(served: Served) -> None:
         raise RuntimeError("out of patience")
     assert torch.equal(served.model(ids).logits, expected)
     assert [slot.users for slot in bank._slots] == [0] * 3
+
+
+def test_adapters_that_are_disabled(served: Served) -> None:
+    """Tasks are not answered by the base model without a word; who disables them for a call of his own gets that."""
+    bank, model, ids = served.bank, served.model, served.tuned.ids(1, 5)
+    message = r"adapters are disabled, and with them the tasks of its StateBank\. Use the bank outside of"
+    with model.disable_adapter():
+        with pytest.raises(ValueError, match=message):
+            bank(ids, tasks=["plain"])
+        assert torch.equal(bank(ids, tasks=["__base__"]).logits, served.base(ids).logits)
+    model.base_model.disable_adapter_layers()
+    with pytest.raises(ValueError, match=message):
+        bank.generate(input_ids=ids, tasks=["plain"], max_new_tokens=2)
+    model.base_model.enable_adapter_layers()
+    with bank.use(["plain"]):
+        with model.disable_adapter():
+            assert torch.equal(model(ids).logits, served.base(ids).logits)
+        assert torch.equal(model(ids).logits, served.alone("plain")(ids).logits)
+
+
+def test_a_cache_goes_on_with_the_task_that_has_filled_it(served: Served) -> None:
+    ids = served.tuned.ids(1, 9)
+    expected = served.alone("plain")(ids).logits[:, 5:]
+    cache = served.bank(ids[:, :5], use_cache=True, tasks=["plain"]).past_key_values
+    actual = served.bank(ids[:, 5:], past_key_values=cache, tasks=["strong"]).logits
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
 
 
 def test_banks_that_make_no_sense(served: Served) -> None:

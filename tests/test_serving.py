@@ -283,6 +283,17 @@ def test_why_an_answer_ends(served: Served, engine: Engine) -> None:
     assert len(cut.tokens) < len(whole.tokens)
 
 
+def test_the_models_own_defaults_are_not_taken(served: Served) -> None:
+    """A request says all but where its answer ends."""
+    bank = served.bank()
+    bank.model.get_base_model().generation_config.update(do_sample=True, top_k=1, repetition_penalty=9.0)
+    with Engine(bank, served.tokenizer) as engine:
+        answer = engine.submit(served.request(PROMPTS[0], "first")).result(timeout=60)
+        assert answer.text == served.answers["first"][0]
+        drawn = [engine.submit(served.request(temperature=1.0, max_tokens=8, seed=seed)) for seed in range(8)]
+        assert len({tuple(future.result(timeout=60).tokens) for future in drawn}) > 1
+
+
 class Bytes:
     """A tokenizer of which the tokens are bytes."""
 
@@ -582,6 +593,32 @@ def bank_of(name: str) -> StateBank:
     return StateBank(get_peft_model(row.build(), S0Config()).eval(), 1)
 
 
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0] * 8, "long_factor": [3.0] * 8},
+        {"rope_type": "dynamic", "factor": 4.0},
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_rows_that_change_beside_longer_ones(served: Served, rope: dict[str, Any]) -> None:
+    """By a rotary embedding that is chosen by the longest row of a batch."""
+    row = next(row for row in ARCHITECTURES if row.name == "falcon_h1")
+    config = row.build().config
+    config.max_position_embeddings = 16
+    config.rope_parameters = {**config.rope_parameters, **rope, "original_max_position_embeddings": 16}
+    torch.manual_seed(0)
+    model = row.model_class(config).eval()
+    short, long = [5, 9, 3], list(range(3, 40))
+    with torch.no_grad():
+        together = Batch(model, lambda tasks, starts, **inputs: model(**inputs)).join([short, long], ["__base__"] * 2)
+        assert float((together[0] - model(torch.tensor([short])).logits[0, -1]).abs().max()) > 0.05
+    bank = StateBank(get_peft_model(model, S0Config()).eval(), 1)
+    with pytest.raises(ValueError, match=r"rotary embedding of FalconH1ForCausalLM changes .* Pass max_length=16"):
+        Engine(bank, served.tokenizer, max_length=64)
+    Engine(bank, served.tokenizer, max_length=16).close()
+
+
 def test_models_that_cannot_be_served(served: Served) -> None:
     with pytest.raises(ValueError, match="is of a kind into which rows cannot be put"):
         Engine(bank_of("glm5_next"), served.tokenizer, max_length=64)
@@ -816,6 +853,24 @@ def test_a_broken_task_is_the_servers_fault(
     assert (status, answer["error"]["type"]) == (500, "server_error")
     assert "tmp" not in answer["error"]["message"]
     assert "The file was changed since it was added" in caplog.text
+
+
+def test_a_task_that_is_removed_while_its_request_waits(served: Served) -> None:
+    with site(served.engine(rows=1)) as small, ThreadPoolExecutor(2) as pool:
+        engine = small.engine
+        with halted(engine.bank):
+            first = engine.submit(served.request(max_tokens=4))
+            until(lambda: engine.load["waiting"] == 0)
+            answers = [
+                pool.submit(small.send, "/v1/completions", {"model": "second", "prompt": "def", "stream": stream})
+                for stream in (False, True)
+            ]
+            until(lambda: engine.load["waiting"] == 2)
+            engine.bank.remove("second")
+        for answer in answers:
+            status, body = answer.result(timeout=60)
+            assert (status, body["error"]["code"]) == (404, "model_not_found")
+        assert first.result(timeout=60)
 
 
 def test_a_task_with_the_models_name(served: Served, engine: Engine) -> None:

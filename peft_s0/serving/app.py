@@ -23,8 +23,9 @@ from jinja2 import TemplateError
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request as HTTPRequest
 
+from ..bank import UnknownTaskError
 from ..rows import BASE
-from .engine import BusyError, ClosedError, Completion, Engine, Request, TooLongError, UnknownTaskError
+from .engine import BusyError, ClosedError, Completion, Engine, Request, TooLongError
 
 _LOG = logging.getLogger(__name__)
 
@@ -328,7 +329,8 @@ def _result(answer: Future[Completion]) -> Completion:
     """The answer that is there."""
     try:
         return answer.result(timeout=0)
-    except ClosedError:
+    except (ClosedError, UnknownTaskError):
+        # The latter for a task that was removed while the request waited.
         raise
     except Exception as error:
         # Not the client's fault, whatever its kind.

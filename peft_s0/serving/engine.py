@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TopPLogitsWarper
 
-from ..bank import StateBank
+from ..bank import StateBank, UnknownTaskError
 from ..rows import BASE
 from .batch import Batch
 from .text import Writer
@@ -22,10 +22,6 @@ from .text import Writer
 Listener = Callable[[str], None]
 # Below this temperature nothing but the likeliest token is drawn, and logits divided by it may be infinite.
 _COLD = 1e-5
-
-
-class UnknownTaskError(ValueError):
-    """A request for a task that is not there."""
 
 
 class TooLongError(ValueError):
@@ -135,7 +131,7 @@ class Engine:
     Raises:
         TypeError: for a tokenizer of another kind.
         ValueError: for sizes below 1, a config that gives no length, and a model whose rows change when they run
-            beside others, or whose cache cannot be put together from rows.
+            beside others, such as longer ones, or whose cache cannot be put together from rows.
 
     Example:
         >>> with Engine(bank, tokenizer) as engine:
@@ -163,6 +159,12 @@ class Engine:
         for name, size in sizes.items():
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise ValueError(f"Engine: {name} must be an integer >= 1, got {size!r}.")
+        fixed = _fixed_length(model)
+        if max_length > fixed:
+            raise ValueError(
+                f"The rotary embedding of {type(model).__name__} changes for all rows of a batch when one of them has "
+                f"more than {fixed} tokens, and max_length is {max_length}. Pass max_length={fixed}."
+            )
         self.bank, self.tokenizer, self.max_length = bank, tokenizer, max_length
         self.rows, self.queue, self.prefill_tokens = rows, queue, prefill_tokens
         self._vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -409,6 +411,20 @@ class Engine:
         if len(stay) < len(self._running):
             self._batch.keep(stay)
             self._running = [self._running[index] for index in stay]
+
+
+def _fixed_length(model: nn.Module) -> float:
+    """How many tokens the longest row may have, for the others to have the rotary embedding that they have alone."""
+    lengths = [math.inf]
+    for module in model.modules():
+        kind: Any = getattr(module, "rope_type", None)
+        if kind == "longrope":
+            config: Any = module.config
+            lengths.append(config.rope_parameters["original_max_position_embeddings"])
+        elif kind == "dynamic":
+            length: Any = module.original_max_seq_len
+            lengths.append(length)
+    return min(lengths)
 
 
 def _draw(logits: Tensor, request: Request, generator: torch.Generator) -> int:
