@@ -13,13 +13,13 @@ Qwen3.5-4B, or tiiuae/Falcon-H1-7B-Instruct:
         --output_dir my-task
 
 `problems.jsonl` has one {"prompt": ..., "tests": ["assert total(3) == 12", ...]} a line; it may be a dataset on the
-Hub. If the prompt is text, the program is the prompt and what the model adds to it. If it is messages, the program is
-the last block of code in the model's answer. The defaults are those of the paper's supervised tuning; it says nothing
-of GRPO.
+Hub. A value must be of the right type as well: 12.0 is not 12. If the prompt is text, the program is the prompt and
+what the model adds to it. If it is messages, the program is the last block of Python in the model's answer. The
+defaults are those of the paper's supervised tuning; it says nothing of GRPO.
 
 WARNING. The programs of a capable model run on this machine. `sandbox/__init__.py` says what is kept from them, which
-is less where the system does not allow namespaces: there, run this script in a container made for it or a virtual
-machine.
+is less where the system does not allow namespaces, which a warning then tells: there, run this script in a container
+made for it or a virtual machine.
 
 A run that was stopped goes on with `--resume_from_checkpoint my-task/checkpoint-15` and otherwise the same options.
 `--help` lists them; `--config file.yaml` reads them from a file.
@@ -30,6 +30,7 @@ from itertools import islice
 from datasets import Dataset, DatasetDict, IterableDataset
 from trl import GRPOConfig, GRPOTrainer, get_quantization_config
 
+import sandbox
 from arguments import PAPER, TINY, check_splits, load_data, parse_arguments
 from fences import last_block
 from miniature.evaluate import compare
@@ -96,6 +97,8 @@ def main() -> None:
     data = load_data(script, mixture) if given else pose_problems(training.seed)
     check_splits(script, training, data)
     check(data[script.dataset_train_split])
+    if not tiny:
+        sandbox.allow(allowed=True, unconfined=True)  # says what is kept from programs here, and what is not
 
     trainer = GRPOTrainer(
         model=model.model_name_or_path,

@@ -72,7 +72,7 @@ class Bench:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What every figure depends on. Not the device, nor the size of batches: those change rounding only."""
+        """What figures depend on, but for device and batch size, which change rounding and what is drawn for a seed."""
         return {
             "model": self.model_name,
             "task": self.task.name,

@@ -7,6 +7,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING
 from tuned import Tuned
 
+import peft_s0.serving
 from peft_s0 import registered_mixers
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -144,6 +146,13 @@ def test_the_padding_page_shows_what_its_script_measures(row: Architecture) -> N
 
 def share(cell: str) -> float:
     return float(cell.removesuffix("%")) / 100 if cell.endswith("%") else float(cell)
+
+
+@pytest.mark.parametrize("module", [peft_s0, peft_s0.serving], ids=lambda module: module.__name__)
+def test_the_reference_has_every_public_name(module: ModuleType) -> None:
+    shown = {*re.findall(r"[\w.]+", (ROOT / "docs" / "reference.md").read_text())}
+    names = [name for name in module.__all__ if not {name, f"{module.__name__}.{name}"} & shown]
+    assert not names
 
 
 @pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]), ids=lambda page: page.name)

@@ -37,6 +37,7 @@ import dpo  # noqa: E402
 import grpo  # noqa: E402
 import miniature.evaluate  # noqa: E402
 import quickstart  # noqa: E402
+import sandbox  # noqa: E402
 import sft  # noqa: E402
 from miniature.base import load_base, load_tokenizer  # noqa: E402
 from miniature.evaluate import HELD_OUT, complete  # noqa: E402
@@ -64,11 +65,10 @@ def test_right_and_wrong_programs() -> None:
 def test_tests_with_several_arguments_and_nested_values() -> None:
     program = "def pair(a, b=2):\n    return {'sum': [a + b, None]}\n"
     tests = [["assert pair(1, b=3) == {'sum': [4, None]}"], ["assert pair(-1) == {'sum': (1, None)}"]]
-    assert passes([program, program, program], [*tests, ["assert pair(1) == {'sum': [4, None]}"]]) == [
-        True,
-        True,
-        False,
-    ]
+    wrong = ["assert pair(1) == {'sum': [4, None]}"]
+    other_order = "def pair(a):\n    return {'b': {'d': a, 'c': 1}, 'a': 2}\n"
+    equal = ["assert pair(3) == {'a': 2, 'b': {'c': 1, 'd': 3}}"]
+    assert passes([*[program] * 3, other_order], [*tests, wrong, equal]) == [True, True, False, True]
 
 
 @pytest.mark.parametrize(
@@ -297,9 +297,14 @@ def files(architecture: Architecture, tmp_path: Path) -> Path:
 @pytest.mark.filterwarnings("ignore")  # of TRL, on models without names
 @pytest.mark.parametrize("script", [sft, dpo, grpo], ids=lambda script: script.__name__)
 def test_the_paper_recipe_on_a_model_and_a_file(
-    script: Any, architecture: Architecture, files: Path, monkeypatch: pytest.MonkeyPatch
+    script: Any,
+    architecture: Architecture,
+    files: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     name, folder = script.__name__, files / "output"
+    sandbox._warn_once.cache_clear()
     options = ["--model_name_or_path", str(files / "model"), "--dataset_name", str(files / f"{name}.jsonl")]
     main(script, folder, monkeypatch, *options, "--use_cpu", "--max_steps", "2", *OPTIONS[name])
 
@@ -321,6 +326,7 @@ def test_the_paper_recipe_on_a_model_and_a_file(
         assert 0 < history(folder, "reward")[0] < 1
     # Without the callback, engines that shard and fp16 refuse the penalty.
     assert len(history(folder, "s0/penalty")) == 2
+    assert ("programs that a model writes are run" in capsys.readouterr().err) == (name == "grpo")
     assert not (folder / "answers.jsonl").exists()
 
 

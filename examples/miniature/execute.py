@@ -20,7 +20,7 @@ def passes(programs: list[str], tests: list[list[str]]) -> list[bool]:
     for program, asserts in zip(programs, tests, strict=True):
         calls, values = calls_and_values(asserts)
         tasks.append((program, calls))
-        expected.append(json.dumps(values))
+        expected.append(json.dumps(values, sort_keys=True))
     return [report == values for report, values in zip(sandbox.run(tasks), expected, strict=True)]
 
 
@@ -44,7 +44,7 @@ def _call_and_value(test: str) -> tuple[str, object]:
         match ast.parse(test).body:
             case [ast.Assert(test=ast.Compare(left=call, ops=[ast.Eq()], comparators=[literal]))]:
                 value = ast.literal_eval(literal)
-                json.dumps(value)
+                json.dumps(value, sort_keys=True)
                 return ast.unparse(call), value
             case _:
                 raise ValueError("not a single comparison")

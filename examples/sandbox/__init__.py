@@ -56,7 +56,7 @@ class Limits:
 
 
 def run(programs: Sequence[Program], limits: Limits | None = None, readable: Sequence[Path] = ()) -> list[str | None]:
-    """Runs programs, and gives for each the JSON text of the list of its calls' values.
+    """Runs programs, and gives for each the JSON text, with sorted keys, of the list of its calls' values.
 
     Of a program that failed it gives another text, or None if the program brought down its surroundings. Programs
     that are alike are run once.

@@ -5,9 +5,9 @@ Started as `python -I -S runner.py`. It reads one JSON object from standard inpu
     {"token": ..., "seconds": ..., "cpu_seconds": ..., "memory": ..., "report": ..., "readable": [...],
      "programs": [[source, calls], ...]}
 
-and writes one JSON line for each program, in order, to standard output: `[token, report]`. The report is the JSON text
-of the list of values of the program's `calls`, expressions such as `total(3)`, or something else if the program failed.
-Which values are right is never known here.
+and writes one JSON line for each program, in order, to standard output: `[token, report]`. The report is the JSON text,
+with sorted keys, of the list of values of the program's `calls`, expressions such as `total(3)`, or something else if
+the program failed. Which values are right is never known here.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ def _report(source: str, calls: list[str]) -> str:
     namespace: dict = {"__name__": "program"}
     try:
         exec(compile(source, "program", "exec"), namespace)
-        return json.dumps([eval(call, namespace) for call in calls])
+        return json.dumps([eval(call, namespace) for call in calls], sort_keys=True)
     except BaseException as error:  # SystemExit and KeyboardInterrupt too: whatever a program raises is its own failure
         return type(error).__name__
 
