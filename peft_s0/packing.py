@@ -183,11 +183,12 @@ def _boundaries(kwargs: dict[str, Any], hidden_states: Tensor) -> Tensor | None:
 
 
 def _same_at_the_end(lengths: Tensor, hidden_states: Tensor) -> int:
-    """How many documents of one token with the same hidden state stand at the end."""
+    """How many documents of one token with the same hidden state stand at the end of the last row."""
     longer = (lengths != 1).nonzero()
-    single = lengths.shape[0] - (int(longer[-1]) + 1 if len(longer) else 0)
+    # Not those of the row before, which may start from another adapter's state.
+    single = min(lengths.shape[0] - (int(longer[-1]) + 1 if len(longer) else 0), hidden_states.shape[1])
     if single < 2:
         return single
-    ends = hidden_states.detach().reshape(-1, hidden_states.shape[-1])[-single:]
+    ends = hidden_states[-1].detach()[-single:]
     different = (ends != ends[-1]).any(dim=1).nonzero()
     return single - (int(different[-1]) + 1 if len(different) else 0)

@@ -255,6 +255,16 @@ def test_packed_rows(mixed: Tuned, names: list[str]) -> None:
         torch.testing.assert_close(actual[None], expected, atol=1e-5, rtol=0)
 
 
+def test_packed_rows_of_the_same_token(mixed: Tuned) -> None:
+    """Documents that are alike are run once, but not for rows that start from different states."""
+    ids = mixed.ids(1, 1).expand(3, 4)
+    names = ["default", "second", "__base__"]
+    logits = mixed.model(ids, position_ids=torch.zeros_like(ids), use_cache=False, adapter_names=names).logits
+    for actual, name in zip(logits, names, strict=True):
+        expected = alone(mixed, lambda model: model(ids[:1, :1], use_cache=False).logits, [name])
+        torch.testing.assert_close(actual, expected[0].expand_as(actual), atol=1e-5, rtol=0)
+
+
 class Operations(TorchDispatchMode):
     """Writes down every operation of torch."""
 
