@@ -141,7 +141,10 @@ def program_of(row: Row, completion: str, chat: bool) -> str:
     A chat model's block follows the prompt, whose imports and helpers it may need and whose function it defines anew.
     Without a chat template the completion goes on with the prompt.
     """
-    return f"{row['prompt']}\n{last_block(completion, 'py')}" if chat else row["prompt"] + completion
+    if not chat:
+        return row["prompt"] + completion
+    block = last_block(completion, "py", holding=f"def {row['entry_point']}(")
+    return f"{row['prompt']}\n{block}"
 
 
 def grade_programs(task: Task, rows: Sequence[Row], completions: Sequence[str], chat: bool) -> list[bool]:

@@ -535,9 +535,10 @@ def test_programs_in_answers() -> None:
         good.replace("python", "Python"),
         "```bash\npip install plus\n```\nand then\n" + good,
         good + "\nIt gives\n```\n[1, 2]\n```\n",
+        good + "\nFor example:\n```python\nprint(plus(1))\n```\n",
     ]
-    verdicts = answers.grade_programs(TASKS["humaneval"], [row] * 10, completions, chat=True)
-    assert verdicts == [True] * 6 + [False, False, True, False]
+    verdicts = answers.grade_programs(TASKS["humaneval"], [row] * 11, completions, chat=True)
+    assert verdicts == [True] * 7 + [False, False, True, False]
     text = ["    return x + 3\n", "    y = x\n# so\n    return y + 3", "    return x\n"]
     assert answers.grade_programs(TASKS["humaneval"], [row] * 3, text, chat=False) == [True, True, False]
 
