@@ -230,8 +230,11 @@ def _before_backbone(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[st
         packing = packing or find_boundaries(positions)
     couriers = [declaration.courier for declaration in watched.declarations if declaration.courier is not None]
     told = dict(packing) if couriers else {}
-    if any(courier.mask for courier in couriers) and tokens > 1 and padding.pads_of(mask, tokens) is not None:
-        told["attention_mask"] = mask
+    if tokens > 1 and any(courier.mask for courier in couriers):
+        # For a static cache, generate() has made a mask for each kind of layers.
+        mask = mask.get("linear_attention") if isinstance(mask, dict) else mask
+        if padding.pads_of(mask, tokens) is not None:
+            told["attention_mask"] = mask
     checking = [declaration for declaration in watched.declarations if declaration.checks]
     if not packing and not told and not checking and (positions is None or not compiling):
         if tokens == 1 and not compiling:

@@ -124,6 +124,18 @@ def test_recurrent_gemma_forgets_the_last_sequence() -> None:
             tuned.assert_equal(in_chunks(tuned, ids, ends), tuned.expected(ids), tuned.effect(ids))
 
 
+@pytest.mark.parametrize("lengths", [(7, 7), (11, 4), (6, 1)], ids=str)
+def test_recurrent_gemma_on_a_static_cache(lengths: tuple[int, int]) -> None:
+    """generate() then passes no mask, but one for each kind of layers."""
+    tuned = tune(RECURRENT_GEMMA)
+    rows = [tuned.ids(1, length, seed=i)[0] for i, length in enumerate(lengths)]
+    ids, mask, _ = left_pad(rows)
+    greedy = {"max_new_tokens": 6, "do_sample": False}
+    together = tuned.model.generate(ids, attention_mask=mask, cache_implementation="static", **greedy)
+    for row, new in zip(rows, together[:, ids.shape[1] :], strict=True):
+        assert torch.equal(new, tuned.slow.generate(row[None], use_cache=False, **greedy)[0, len(row) :])
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_recurrent_gemma_keeps_the_end_of_each_row(side: str) -> None:
     tuned = tune(RECURRENT_GEMMA)
