@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -122,6 +123,36 @@ def test_recurrent_gemma_forgets_the_last_sequence() -> None:
         ids = tuned.ids(2, 5, seed)
         for ends in ([1, 2, 3, 4, 5], [5]):
             tuned.assert_equal(in_chunks(tuned, ids, ends), tuned.expected(ids), tuned.effect(ids))
+
+
+@pytest.mark.parametrize("names", [None, ["default", "__base__"], ["__base__", "default"]], ids=str)
+def test_recurrent_gemma_begins_a_row_while_others_go_on(names: list[str] | None) -> None:
+    """The shorter row has nothing but pads in the first call, and begins in one of a single token."""
+    tuned = tune(RECURRENT_GEMMA)
+    rows = [tuned.ids(1, length, seed=length)[0] for length in (9, 2)]
+    ids, mask, positions = left_pad(rows)
+    cache, logits = tuned.architecture.make_cache(tuned.model.config, 2), []
+    for start, end in [(0, 7), (7, 8), (8, 9)]:
+        call = {"attention_mask": mask[:, :end], "position_ids": positions[:, start:end], "adapter_names": names}
+        logits.append(tuned.model(ids[:, start:end], past_key_values=cache, use_cache=True, **call).logits)
+    together = torch.cat(logits, dim=1)
+    for i, row in enumerate(rows):
+        if names is None or names[i] == "default":
+            actual = together[i : i + 1, -len(row) :]
+            tuned.assert_equal(actual, tuned.expected(row[None]), tuned.effect(row[None]))
+    if names is not None and names[0] == "__base__":
+        expected = tuned.base(rows[0][None], use_cache=False).logits
+        torch.testing.assert_close(together[:1], expected, atol=1e-5, rtol=0)
+
+
+@torch.enable_grad()
+def test_recurrent_gemma_is_copied_between_two_steps_of_training() -> None:
+    """What its layers keep of a call belongs to no graph, unless somebody goes on from it."""
+    tuned = tune(RECURRENT_GEMMA)
+    ids = tuned.ids(2, 9)
+    tuned.model(ids, labels=ids, use_cache=False).loss.backward()
+    copied = copy.deepcopy(tuned.model)
+    assert torch.equal(copied(ids).logits, tuned.model(ids).logits)
 
 
 @pytest.mark.parametrize("lengths", [(7, 7), (11, 4), (6, 1)], ids=str)

@@ -83,7 +83,8 @@ class _Recurrence:
             if mixer.conv1d_state is not None:
                 end = self.projected[call.kept, call.tokens].transpose(1, 2)
                 mixer.conv1d_state = pad(end, (mixer.conv1d_width - 1 - end.shape[-1], 0))
-        self.lru.recurrent_states = kept
+        # Nobody goes on from it without a cache, and a model that holds on to a graph cannot be copied.
+        self.lru.recurrent_states = kept if call.arguments["use_cache"] else None
         return total.to(scanned.dtype)
 
     def _cleared(self, tensor: Tensor) -> Tensor:
@@ -125,8 +126,15 @@ class RGLRU(Mixer):
 
     def enter(self, mixer: MixerModule, call: Call) -> Any:
         """See `Mixer.enter`."""
-        recurrence, past = _Recurrence(mixer, call), mixer.conv1d_state
-        if past is not None and call.rows is not None and past.shape[0] == call.arguments["input_states"].shape[0]:
+        recurrence, past, arguments = _Recurrence(mixer, call), mixer.conv1d_state, call.arguments
+        rows, tokens = arguments["input_states"].shape[:2]
+        if past is not None and call.rows is not None and past.shape[0] == rows:
+            if tokens == 1 and arguments["use_cache"]:
+                # Rows that had nothing but pads before begin here; the others go on.
+                assert call.states is not None
+                begins = arguments["position_ids"][:, 0] == 0
+                call.states = torch.where(begins.unsqueeze(-1), call.states, mixer.rg_lru.recurrent_states)
+                call.rows = call.rows & begins
             # What the last sequence left there would be taken for the past of a single first token.
             mixer.conv1d_state = past.masked_fill(call.rows.view(-1, 1, 1), 0.0)
         on_output(mixer, "linear_x", recurrence.see_projection)
