@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from tuned import tune
 
 from peft_s0 import S0Config, S0Layer, StateBank
+from peft_s0.mixers import cache_of
 
 # Six tasks that differ in all that a task may differ in.
 TASKS: dict[str, dict] = {
@@ -586,8 +587,8 @@ def test_adapters_that_are_disabled(served: Served) -> None:
 def test_a_cache_goes_on_with_the_task_that_has_filled_it(served: Served) -> None:
     ids = served.tuned.ids(1, 9)
     expected = served.alone("plain")(ids).logits[:, 5:]
-    cache = served.bank(ids[:, :5], use_cache=True, tasks=["plain"]).past_key_values
-    actual = served.bank(ids[:, 5:], past_key_values=cache, tasks=["strong"]).logits
+    cache = cache_of(served.bank(ids[:, :5], use_cache=True, tasks=["plain"]))
+    actual = served.bank(ids[:, 5:], tasks=["strong"], **{served.tuned.architecture.cache: cache}).logits
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
 
 

@@ -133,8 +133,12 @@ def test_recurrent_gemma_begins_a_row_while_others_go_on(names: list[str] | None
     ids, mask, positions = left_pad(rows)
     cache, logits = tuned.architecture.make_cache(tuned.model.config, 2), []
     for start, end in [(0, 7), (7, 8), (8, 9)]:
-        call = {"attention_mask": mask[:, :end], "position_ids": positions[:, start:end], "adapter_names": names}
-        logits.append(tuned.model(ids[:, start:end], past_key_values=cache, use_cache=True, **call).logits)
+        call = {
+            "attention_mask": mask[:, :end],
+            "position_ids": positions[:, start:end],
+            tuned.architecture.cache: cache,
+        }
+        logits.append(tuned.model(ids[:, start:end], use_cache=True, adapter_names=names, **call).logits)
     together = torch.cat(logits, dim=1)
     for i, row in enumerate(rows):
         if names is None or names[i] == "default":
