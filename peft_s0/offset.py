@@ -29,8 +29,8 @@ class Reading:
     Args:
         mixer: the mixer.
         readout: how it reads its state.
-        past: what its convolution has seen before, [rows, channels, at least its width - 1]; None at the start of a
-            sequence.
+        past: what its convolution has seen before, [rows, channels, tokens]; where these are fewer than it looks back
+            on, there were no more. None at the start of a sequence.
         read: from q [rows, tokens, groups, key size] and the product of q and one offset to the sum over all adapters,
             [rows, tokens, heads, value size].
     """
@@ -76,10 +76,11 @@ class Reading:
         bias = None if convolution.bias is None else convolution.bias[channels]
         back = weight.shape[-1] - 1
         window = x.transpose(1, 2)
-        if self.past is None or back == 0:
-            window = pad(window, (back, 0))
-        else:
+        if self.past is not None and back > 0:
             window = torch.cat([self.past[:, channels, -back:].to(window.dtype), window], dim=-1)
+        missing = x.shape[1] + back - window.shape[-1]
+        if missing > 0:
+            window = pad(window, (missing, 0))
         if window.shape[-1] == weight.shape[-1]:
             # A single token, for which convolutions are slow.
             wide = torch.promote_types(weight.dtype, torch.float32)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from architectures import ARCHITECTURES, LEAKS, NGRAMS, mixers
-from test_law import packed_arguments
+from architectures import ARCHITECTURES, LEAKS, NGRAMS, Architecture, mixers
+from reference import Mamba2
+from test_law import in_chunks, packed_arguments
 from tuned import tune
 
 
@@ -38,3 +41,19 @@ def test_packed_rows_leak_outside_of_the_mixers(architecture) -> None:
             torch.testing.assert_close(found[:, 6:], alone, atol=2e-5, rtol=0)
         expected = tuned.expected(rows[1][None])
     assert float((logits[:, 6:] - expected).abs().max()) > 0.05 * tuned.effect(rows[1][None])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "architecture", [row for row in ARCHITECTURES if row.slow_mixer is Mamba2], ids=lambda row: row.name
+)
+def test_single_steps_do_not_limit_the_time_step(architecture: Architecture) -> None:
+    tuned = tune(architecture)
+    for mixer in (*mixers(tuned.base), *mixers(tuned.model)):
+        mixer.time_step_limit = (0.1, float("inf"))
+    ids = tuned.ids(2, 12)
+    for limited in (tuned, replace(tuned, model=tuned.base)):
+        at_once = limited.model(ids, use_cache=False).logits
+        # A prompt, its continuation in one call, and token by token.
+        torch.testing.assert_close(in_chunks(limited, ids, [6, 12]), at_once, atol=2e-5, rtol=0)
+        assert float((in_chunks(limited, ids, range(6, 13)) - at_once).abs().max()) > 1e-3

@@ -182,16 +182,16 @@ def test_a_norm_in_front_of_the_gate_of_falcon_h1() -> None:
 
 
 @torch.no_grad()
-def test_a_cache_that_can_be_rolled_back(tuned: Tuned) -> None:
-    """It keeps more of the convolution's past than a step looks back on."""
+@pytest.mark.parametrize("first", [1, 2, 5])
+def test_a_cache_that_can_be_rolled_back(tuned: Tuned, first: int) -> None:
+    """It keeps all of the convolution's past, be that more than a step looks back on or less."""
     ids, cache = tuned.ids(2, 12), DynamicCache(config=tuned.model.config)
     for layer in cache.layers:
         if hasattr(layer, "activate_past_recording"):
             layer.activate_past_recording()
-    logits = in_chunks(tuned, ids, [5, 6, 7, 9, 10, 11, 12], cache=cache)
+    logits = in_chunks(tuned, ids, [first, first + 1, 7, 9, 10, 11, 12], cache=cache)
     tuned.assert_equal(logits, tuned.expected(ids), tuned.effect(ids))
-    first = mixers(tuned.model)[0].layer_idx
-    assert cache.get_conv_state(first).shape[-1] == 12
+    assert cache.get_conv_state(mixers(tuned.model)[0].layer_idx).shape[-1] == 12
 
 
 @of_all
