@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -56,11 +57,15 @@ def counting() -> Iterator[list[str]]:
         if event == "call":
             called.append(frame.f_code.co_qualname if hasattr(frame.f_code, "co_qualname") else frame.f_code.co_name)
 
+    # No callback of a model that happens to be collected here.
+    gc.collect()
+    gc.disable()
     sys.setprofile(note)
     try:
         yield called
     finally:
         sys.setprofile(None)
+        gc.enable()
 
 
 @torch.no_grad()
