@@ -57,7 +57,7 @@ def counting() -> Iterator[list[str]]:
         if event == "call":
             called.append(frame.f_code.co_qualname if hasattr(frame.f_code, "co_qualname") else frame.f_code.co_name)
 
-    # No callback of a model that happens to be collected here.
+    # No callback of the collector, such as hypothesis has, nor of a model that happens to be collected here.
     gc.collect()
     gc.disable()
     sys.setprofile(note)
