@@ -10,7 +10,7 @@ DEEPSPEED := .deepspeed
 # The newest transformers, which calls caches otherwise than that of constraints.txt: a folder, which these tests alone
 # look into. Its own adapter methods ask for a PEFT that is not there yet.
 NEWEST := .newest
-NEWEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,law gradients corrections own_caches rows offset cost))
+NEWEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,law corrections own_caches offset cost))
 # The site is built from the sources as they stand, without importing them.
 SITE := .venv-site
 # llama.cpp is built from the source distribution of llama-cpp-python, once for each content of its constraints: its stamp
