@@ -310,7 +310,7 @@ def _before_mixer(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     courier = declaration.courier
     if args and (participates or courier is not None or layer.routing.rows is not None):
         kwargs = {**dict(zip(parameter_names(type(mixer)), args, strict=False)), **kwargs}
-    if kwargs.get(layer.cache_argument) is None and cache_of(kwargs) is not None and declaration.cache_argument is None:
+    if kwargs.get(layer.cache_argument) is None and declaration.cache_argument is None and cache_of(kwargs) is not None:
         # transformers takes the names that a cache had earlier, too.
         named = {name: value for name, value in kwargs.items() if name not in CACHE_ARGUMENTS}
         kwargs = {**named, layer.cache_argument: cache_of(kwargs)}
