@@ -101,8 +101,9 @@ def influence(model: nn.Module, tokenizer: Any, texts: Any, *, batch_size: int =
 
     Raises:
         ValueError: for a model without S0 adapters or without logits, and for bad texts.
+        RuntimeError: while a `StateBank` is used.
     """
-    _layers(model)
+    _check_measurable(model)
     rows = token_rows(base_of(model), tokenizer, texts)
     kl = np.full((len(rows), max(map(len, rows))), np.nan)
     with in_eval_mode(model):
@@ -181,8 +182,9 @@ def divergence(
 
     Raises:
         ValueError: for a model without S0 adapters, and for bad prompts.
+        RuntimeError: while a `StateBank` is used.
     """
-    _layers(model)
+    _check_measurable(model)
     rows = token_rows(base_of(model), tokenizer, prompts, opens_answer=True)
     answers: dict[str, list[list[int]]] = {"base": [], "tuned": []}
     with in_eval_mode(model):
@@ -258,8 +260,9 @@ def memory(model: nn.Module, tokenizer: Any, texts: Any, *, positions: Sequence[
     Raises:
         ValueError: for a model without S0 adapters or whose active state is zero, for positions that a text does not
             reach, and for recurrences whose end is not known (see `peft_s0.state_from_prompt`).
+        RuntimeError: while a `StateBank` is used.
     """
-    layers = {name: mixer for name, mixer in _layers(model).items() if _starts(layer_of(mixer))}
+    layers = {name: mixer for name, mixer in _check_measurable(model).items() if _starts(layer_of(mixer))}
     if not layers:
         raise ValueError("memory: no S0 adapter of this model is active with an initial state; call set_adapter first.")
     base = base_of(model)
@@ -405,6 +408,17 @@ def _layers(model: nn.Module) -> dict[str, nn.Module]:
     layers = {name: module for name, module in base_of(model).named_modules() if has_layer(module)}
     if not layers:
         raise ValueError(f"This {type(model).__name__} has no S0 adapter; load one, or make one with get_peft_model.")
+    return layers
+
+
+def _check_measurable(model: nn.Module) -> dict[str, nn.Module]:
+    """See `_layers`; refused where a bank's tasks would run in place of the active adapters."""
+    layers = _layers(model)
+    if any(layer_of(mixer).row_slots is not None for mixer in layers.values()):
+        raise RuntimeError(
+            "A StateBank is used, whose tasks would be measured in place of the active adapters. Leave bank.use() "
+            "first; to measure a task, load it with load_adapter."
+        )
     return layers
 
 

@@ -126,7 +126,8 @@ class Calibration:
         axes = figure.subplots() if target is None or isinstance(target, (str, Path)) else target
         curve = [(t.alpha, t.value) for t in self.table[1:] if t.layer is None and t.alpha]
         finite = [point for point in curve if math.isfinite(point[1])]
-        axes.plot(*zip(*finite, strict=True), marker="o", color="#2a6f97", label="one alpha for all layers")
+        alphas, values = [alpha for alpha, _ in finite], [value for _, value in finite]
+        axes.plot(alphas, values, marker="o", color="#2a6f97", label="one alpha for all layers")
         broken = [alpha for alpha, value in curve if not math.isfinite(value)]
         if broken:
             bottom = axes.get_xaxis_transform()
@@ -179,9 +180,9 @@ def calibrate_alpha(
         data: what alpha is chosen by. A function `score(model) -> float`, higher being better, such as pass@1 by
             `generate`. Or data for the loss, the mean over all tokens with a label, however they fall into batches:
             batches with `input_ids` and `labels` [rows, tokens] and whatever else the model takes, as a DataLoader
-            gives them; or tokenised rows, each with `input_ids` and `labels`, as a `datasets.Dataset` or a list of
-            dicts. Rows without labels may have TRL's `completion_mask` or `assistant_masks`; without these, every token
-            counts. An iterator is read once and kept.
+            gives them, of which a label behind a pad does not count; or tokenised rows, each with `input_ids` and
+            `labels`, as a `datasets.Dataset` or a list of dicts. Rows without labels may have TRL's `completion_mask`
+            or `assistant_masks`; without these, every token counts. An iterator is read once and kept.
         grid: the alphas to try. None: a quarter to four times the adapter's own, which is the default of the
             recurrence family unless it was set, and that default itself; for an adapter with `alpha_pattern` or
             `learn_alpha`, its own alphas as well.
@@ -428,6 +429,10 @@ def _summed_loss(model: PeftModel, batch: Mapping[str, Any], device: torch.devic
             f"{None if logits is None else list(logits.shape)}; expected one label for each token of the logits. For a "
             "model without a language-modelling head pass a function score(model) -> float."
         )
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.shape == labels.shape:
+        # A row's first token is predicted by nothing, also where pads stand before it.
+        labels = labels.masked_fill(mask.roll(1, dims=1) == 0, IGNORED)
     targets = labels[:, 1:].flatten().to(logits.device)
     losses = cross_entropy(
         logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=IGNORED, reduction="none"

@@ -15,7 +15,7 @@ from reference import with_slow_mixers
 from torch.nn import functional
 from tuned import Tuned, states_of, tune
 
-from peft_s0 import S0Config, analysis
+from peft_s0 import S0Config, StateBank, analysis
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
@@ -295,6 +295,21 @@ def test_refusals() -> None:
     xlstm = tune({row.name: row for row in ARCHITECTURES}["xlstm"])
     with pytest.raises(ValueError, match="xLSTMLayer ends in is a matrix, a normalizer"):
         analysis.memory(xlstm.model, None, [5])
+
+
+@pytest.mark.parametrize("rows", [["task"], ["__base__"]], ids=str)
+def test_a_bank_in_use_is_not_taken_for_the_active_adapter(rows: list[str], tmp_path: Path) -> None:
+    tuned = tune(MAIN[0])
+    tuned.model.save_pretrained(tmp_path)
+    bank = StateBank(tuned.model, capacity=1)
+    bank.add("task", tmp_path)
+    expected = analysis.norms(tuned.model).norms
+    with bank.use(rows):
+        for function in (analysis.influence, analysis.divergence, analysis.memory):
+            with pytest.raises(RuntimeError, match="whose tasks would be measured in place of the active adapters"):
+                function(tuned.model, None, [5])
+        assert np.array_equal(analysis.norms(tuned.model).norms, expected)
+    assert analysis.influence(tuned.model, None, [5]).kl.max() > 0
 
 
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:

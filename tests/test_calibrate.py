@@ -117,6 +117,22 @@ def test_rows_without_labels(tuned: Tuned) -> None:
     assert result.value == pytest.approx(mean_loss(tuned.model, whole), rel=1e-5)
 
 
+def test_a_first_token_behind_pads_does_not_count(tuned: Tuned) -> None:
+    """Nothing predicts it, as nothing predicts that of a row without pads."""
+    rows = list(token_rows(3))
+    longest = max(len(row["input_ids"]) for row in rows) + 2
+    padded = {"input_ids": [], "attention_mask": [], "labels": []}
+    for row in rows:
+        pads = longest - len(row["input_ids"])
+        padded["input_ids"].append([0] * pads + row["input_ids"])
+        padded["attention_mask"].append([0] * pads + [1] * len(row["input_ids"]))
+        padded["labels"].append([-100] * pads + row["input_ids"])
+    batch = {name: torch.tensor(values) for name, values in padded.items()}
+    whole = Dataset.from_list([{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in rows])
+    result = calibrate(tuned.model, [batch], [0.7])
+    assert result.value == pytest.approx(mean_loss(tuned.model, whole), rel=1e-5)
+
+
 def scored(values: dict[float, float]) -> Callable[[PeftModel], float]:
     """A score that is known for each alpha."""
     return lambda model: values[model.peft_config["default"].alpha]
@@ -449,6 +465,13 @@ def test_a_picture(result: Calibration, tuned: Tuned, tmp_path: Path) -> None:
     layered = calibrate(tuned.model, lambda model: target(model, wanted), [1.0], per_layer=1)
     lines = {line.get_label(): line for line in layered.plot().lines}
     assert lines["chosen, layer by layer"].get_ydata()[0] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_a_picture_of_alpha_0_alone(tuned: Tuned) -> None:
+    axes = calibrate(tuned.model, scored({0.0: 0.25}), [0.0]).plot()
+    lines = {line.get_label(): line for line in axes.lines}
+    assert len(lines["one alpha for all layers"].get_xdata()) == 0
+    assert list(lines["alpha 0"].get_ydata()) == [0.25, 0.25]
 
 
 def test_without_matplotlib(result: Calibration, monkeypatch: pytest.MonkeyPatch) -> None:
