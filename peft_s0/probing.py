@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from transformers import ProcessorMixin
 
 from .mixers import cache_argument, cache_of, find_mixer, parameter_names
 
@@ -20,7 +21,7 @@ def token_rows(model: nn.Module, tokenizer: Any, prompts: Any, opens_answer: boo
 
     Args:
         model: the model that is to run them.
-        tokenizer: its tokenizer; None if the prompts are token ids.
+        tokenizer: its tokenizer, or a processor that has it; None if the prompts are token ids.
         prompts: a text, chat messages (a list of dicts, put into the tokenizer's chat template) or token ids (ints),
             or a list of such. A text gets the special tokens that the tokenizer adds by itself.
         opens_answer: whether the chat template opens an answer behind the messages.
@@ -35,6 +36,9 @@ def token_rows(model: nn.Module, tokenizer: Any, prompts: Any, opens_answer: boo
     """
     if isinstance(prompts, Tensor):
         prompts = prompts.tolist()
+    if isinstance(tokenizer, ProcessorMixin):
+        # Its own calls take images, and give lists of rows.
+        tokenizer = cast(Any, tokenizer).tokenizer
     alone = isinstance(prompts, str) or _is_list_of(prompts, Mapping) or _is_list_of(prompts, int)
     rows = [prompts] if alone else prompts
     if not isinstance(rows, Sequence) or not rows:

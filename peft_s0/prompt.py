@@ -147,3 +147,6 @@ def _write(model: nn.Module, adapter_name: str, states: dict[nn.Module, Tensor])
         if has_layer(mixer) and adapter_name in layer_of(mixer).configs:
             layer = layer_of(mixer)
             layer.state(adapter_name).write(state / layer.alpha(adapter_name))
+            # What is beside the state is where it begins, an adapter for inference included: nothing is loaded.
+            for learnt in layer.learnt_tensors(adapter_name).values():
+                learnt.awaited = False

@@ -26,7 +26,7 @@ from peft import (
 from peft.tuners.lora import LoraLayer
 from reference import with_slow_mixers
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 from tuned import states_of, tune
 
 from peft_s0 import S0Config, S0Layer, calibrate_alpha, compress_adapter, state_from_prompt
@@ -151,6 +151,18 @@ def test_text_chat_and_ids_are_the_same_prompt() -> None:
     assert all(torch.equal(state, end) for state, end in zip(states.values(), expected.values(), strict=True))
 
 
+def test_a_processor_stands_for_its_tokenizer() -> None:
+    tokenizer, base = load_tokenizer(), load_base()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    processor = ProcessorMixin(chat_template=tokenizer.chat_template)
+    processor.tokenizer = tokenizer
+    chat = [{"role": "system", "content": "def "}, {"role": "user", "content": "total(x):"}]
+    for prompt in (TEXT, chat, [TEXT, chat]):
+        assert [row.tolist() for row in token_rows(base, processor, prompt)] == [
+            row.tolist() for row in token_rows(base, tokenizer, prompt)
+        ]
+
+
 @pytest.mark.parametrize("architecture", MAIN, ids=lambda row: row.name)
 def test_several_prompts_are_their_mean(architecture: Architecture) -> None:
     prompts = [ids(5), ids(9, seed=1), ids(2, seed=2)]
@@ -193,6 +205,16 @@ def test_an_offset_beside_it_begins_at_zero() -> None:
         layer = model.get_submodule(f"base_model.model.{name}.s0")
         assert torch.equal(layer.effective_state("default"), state)
         assert not layer.effective_offset("default").any()
+
+
+@pytest.mark.parametrize("config", [{"variant": "both"}, {"learn_alpha": True}], ids=str)
+def test_what_an_adapter_for_inference_has_beside_the_state(config: dict) -> None:
+    """It is not awaited from a file: it is where it begins."""
+    expected = state_from_prompt(MAIN[0].build(), None, ids(7))(torch.tensor([ids(5)])).logits
+    config = S0Config(alpha=1.0, inference_mode=True, **config)
+    model = state_from_prompt(MAIN[0].build(), None, ids(7), config=config)
+    torch.testing.assert_close(model(torch.tensor([ids(5)])).logits, expected)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("architecture", MAIN, ids=lambda row: row.name)
