@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any, cast
 
@@ -266,13 +267,21 @@ def _table(adapters: list[_Adapter]) -> str:
 
 def _rows(rows: list[tuple[Any, ...]]) -> str:
     """A Markdown table, the first row its header."""
-    cells = [[cell if isinstance(cell, str) else _shown(cell) for cell in row] for row in rows]
+    cells = [[_cell(cell) if isinstance(cell, str) else _shown(cell) for cell in row] for row in rows]
     return "\n".join("| " + " | ".join(row) + " |" for row in (cells[0], ["---"] * len(cells[0]), *cells[1:]))
+
+
+def _cell(text: str) -> str:
+    """A text that ends neither its cell nor its row."""
+    return " ".join(text.replace("|", r"\|").splitlines())
 
 
 def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, Integral):
+        # In full, not as 1.23457e+06.
+        return str(value)
     return "-" if value is None else f"{value:g}"
 
 

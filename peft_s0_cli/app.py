@@ -207,7 +207,8 @@ def diff(
     """Compare two adapters: the fields of their configs that differ, and layer by layer how far apart the states are.
 
     States are compared unscaled, as they are stored: the norm of their difference relative to that of A, and the cosine
-    of the angle between them. Of the config, versions and what PEFT records of classes do not count.
+    of the angle between them. Of the config, the base model's name, versions and what PEFT records of classes do not
+    count.
     """
     from .reports import compare, read, show_comparison
 

@@ -25,7 +25,11 @@ from peft_s0.storage import contents, decode, is_state
 # What a state is called in a file: learnt at the start of a sequence, or added where it is read.
 _STATE = re.compile(r"(?:base_model\.model\.)?(.*)\.s0\.s0_(state|offset)\.weight")
 _ALPHA = re.compile(r"(?:base_model\.model\.)?(.*)\.s0\.s0_alpha\.weight")
+# Offsets are listed beside states, by their mixers' names with this behind.
+_OFFSET = " (offset)"
 _UNRECORDED = {"peft_version", "auto_mapping", "inference_mode", "base_model_name_or_path", "revision"}
+# Lists whose order says something.
+_ORDERED = {"init_prompt"}
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,12 @@ def read(name: str, base_model: str | None, trust_remote_code: bool, **options: 
 
 def _named(key: str) -> str:
     mixer, kind = _STATE.sub(r"\1 \2", key).rsplit(" ", 1)
-    return mixer if kind == "state" else f"{mixer} ({kind})"
+    return mixer if kind == "state" else f"{mixer}{_OFFSET}"
+
+
+def _mixers(layers: list[dict[str, Any]]) -> set[str]:
+    """The mixers that have a state, an offset or both."""
+    return {layer["name"].removesuffix(_OFFSET) for layer in layers}
 
 
 def _multiplied_out(
@@ -152,7 +161,7 @@ def show_inspection(found: dict[str, Any]) -> str:
         **{f"alpha of {name}": _number(alpha) for name, alpha in own.items()},
         "train_alpha": "as alpha" if found["train_alpha"] is None else _number(found["train_alpha"]),
         "rank": "full" if found["rank"] is None else str(found["rank"]),
-        "layers": str(len(found["layers"])),
+        "layers": str(len(_mixers(found["layers"]))),
         "parameters": f"{found['parameters']:,}",
         "file": f"{found['bytes']:,} bytes, states in {' and '.join(found['storage'])}",
     }
@@ -203,9 +212,12 @@ def compare(first: Saved, second: Saved) -> dict[str, Any]:
 
 
 def _fields(config: S0Config) -> dict[str, Any]:
-    """The fields of a config that say what the adapter is; sets in an order."""
+    """The fields of a config that say what the adapter is; sets, which files have as lists, in an order."""
     fields = {name: value for name, value in config.to_dict().items() if name not in _UNRECORDED}
-    return {name: sorted(value) if isinstance(value, (set, list)) else value for name, value in fields.items()}
+    return {
+        name: sorted(value) if isinstance(value, (set, list)) and name not in _ORDERED else value
+        for name, value in fields.items()
+    }
 
 
 def _distance(name: str, first: Tensor, second: Tensor) -> dict[str, Any]:
@@ -231,7 +243,7 @@ def show_comparison(found: dict[str, Any]) -> str:
     first, second = found["adapters"]
     lines = [f"A: {first}", f"B: {second}"]
     if found["same"]:
-        return "\n".join([*lines, f"The same, in all of {len(found['layers'])} layers."])
+        return "\n".join([*lines, f"The same, in all of {len(_mixers(found['layers']))} layers."])
     lines += [f"{name}: {a!r} in A, {b!r} in B" for name, (a, b) in found["config"].items()]
     lines += [f"{name}: only in {'AB'[i]}" for i, names in enumerate(found["only_in"]) for name in names]
     lines += [f"{name}: differs" for name in found["others"]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from architectures import Architecture
@@ -120,6 +121,15 @@ def test_metrics_where_they_are_known(model: PeftModel, tmp_path: Path) -> None:
     assert "\n| metric | value |\n| --- | --- |\n| HumanEval pass@1 | 72.2 % |\n| loss | 0.3125 |\n" in text
     model.save_pretrained(tmp_path)
     assert card_of(tmp_path).text == without
+
+
+def test_metrics_stay_in_their_cells_and_counts_are_exact(model: PeftModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    update_model_card(
+        tmp_path, metrics={"p(a|b)": "high | low", "two\nlines": "a\nb", "tokens": 1234567, "solved": np.int64(7654321)}
+    )
+    expected = "\n| p(a\\|b) | high \\| low |\n| two lines | a b |\n| tokens | 1234567 |\n| solved | 7654321 |\n"
+    assert expected in card_of(tmp_path).text
 
 
 def test_a_card_that_was_there_before(model: PeftModel, tmp_path: Path) -> None:

@@ -201,6 +201,8 @@ def test_offsets_stand_beside_states(tmp_path: Path, rank: int | None) -> None:
         if rank is not None:
             state = torch.einsum("hir,hjr->hij", *state.split([16, 8], dim=1))
         assert layer["head_norms"] == pytest.approx(state.flatten(1).norm(dim=1).tolist(), rel=1e-5)
+    assert re.search(r"^  layers +3$", call("inspect", tmp_path / "adapter").stdout, re.MULTILINE)
+    assert "The same, in all of 3 layers." in call("diff", tmp_path / "adapter", tmp_path / "adapter").stdout
     # An offset is a row of its own in comparisons, and enters nowhere where only starts have a place.
     found = json.loads(call("diff", tmp_path / "adapter", tmp_path / "adapter", "--json").stdout)
     assert len(found["layers"]) == 6
@@ -305,6 +307,27 @@ def test_a_difference_in_one_bit_of_one_state(tmp_path: Path) -> None:
     found = json.loads(call("diff", tmp_path / "a", tmp_path / "b", "--json", code=1).stdout)
     assert [layer["same"] for layer in found["layers"]] == [False, True, True]
     assert found["layers"][0]["distance"] < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ([5, 6, 7], [7, 6, 5]),
+        ([{"content": "a"}, {"content": "b"}], [{"content": "b"}, {"content": "a"}]),
+        ([{"content": "a"}, {"content": "b"}], "a"),
+    ],
+    ids=["ids", "messages", "kinds"],
+)
+def test_diff_of_prompts(first: Any, second: Any, tmp_path: Path) -> None:
+    """Their order counts, and none of them need be numbers."""
+    for name, prompt in (("a", first), ("b", second)):
+        save_adapter(tmp_path / name, QWEN)
+        file = tmp_path / name / "adapter_config.json"
+        config = json.loads(file.read_text())
+        file.write_text(json.dumps({**config, "alpha": 1.0, "init_weights": "prompt", "init_prompt": prompt}))
+    assert json.loads(call("diff", tmp_path / "a", tmp_path / "a", "--json").stdout)["same"] is True
+    found = json.loads(call("diff", tmp_path / "a", tmp_path / "b", "--json", code=1).stdout)
+    assert found["config"] == {"init_prompt": [first, second]}
 
 
 def test_diff_of_other_layers_shapes_and_weights(tmp_path: Path) -> None:
