@@ -395,7 +395,13 @@ def _loss(data: Any, batch_size: int) -> Callable[[PeftModel], float]:
         raise TypeError(
             f"calibrate_alpha: data must give batches or rows, dicts with input_ids and labels, but it gives {found}."
         )
-    batches = _collate(list(source), batch_size) if torch.as_tensor(first["input_ids"]).ndim == 1 else source
+    ids = first["input_ids"]
+    if not isinstance(ids, Tensor) and any(isinstance(row, (list, tuple)) for row in ids):
+        raise TypeError(
+            f"calibrate_alpha: a batch's input_ids must be a tensor [rows, tokens], got a {type(ids).__name__} of "
+            "rows. Use a collator that makes tensors, or pass the rows one by one."
+        )
+    batches = _collate(list(source), batch_size) if torch.as_tensor(ids).ndim == 1 else source
 
     def loss(model: PeftModel) -> float:
         device = next(parameter.device for parameter in model.parameters() if not parameter.is_meta)

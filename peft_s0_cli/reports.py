@@ -195,12 +195,11 @@ def compare(first: Saved, second: Saved) -> dict[str, Any]:
     changed = {
         name: [config[name] for config in configs] for name in configs[0] if configs[0][name] != configs[1][name]
     }
-    own = match_names(second.states, first.states)
-    others = {own[name]: state for name, state in second.states.items()}
+    others = _by_names_of(first.states, second.states)
     layers = [_distance(name, state, others[name]) for name, state in first.states.items() if name in others]
     only = [sorted(first.states.keys() - others.keys()), sorted(others.keys() - first.states.keys())]
-    names = {*first.others, *second.others}
-    beside = sorted(name for name in names if not _same(first.others.get(name), second.others.get(name)))
+    rest = _by_names_of(first.others, second.others)
+    beside = sorted(name for name in {*first.others, *rest} if not _same(first.others.get(name), rest.get(name)))
     return {
         "same": not changed and not any(only) and not beside and all(layer["same"] for layer in layers),
         "adapters": [first.name, second.name],
@@ -209,6 +208,12 @@ def compare(first: Saved, second: Saved) -> dict[str, Any]:
         "only_in": only,
         "others": beside,
     }
+
+
+def _by_names_of(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The second's tensors by the first's names, which may be those of another class of the model."""
+    own = match_names(second, first)
+    return {own[name]: tensor for name, tensor in second.items()}
 
 
 def _fields(config: S0Config) -> dict[str, Any]:

@@ -385,6 +385,7 @@ LABELLED = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
         ([LABELLED], {"grid": [NAN]}, ValueError, "an alpha of the grid must be"),
         ([LABELLED], {"per_layer": -1}, ValueError, "per_layer must be a number of passes >= 0, got -1"),
         ([LABELLED], {"adapter_name": "other"}, ValueError, r"Unknown adapter 'other'; this model has \['default'\]"),
+        ([{name: [row, row[:2]] for name, row in LABELLED.items()}], {}, TypeError, "must be a tensor .*, got a list"),
         (lambda model: "good", {}, TypeError, "the score must be a number, got str"),
         (lambda model: None, {}, TypeError, "the score must be a number, got NoneType"),
     ],

@@ -354,6 +354,21 @@ def test_diff_of_other_layers_shapes_and_weights(tmp_path: Path) -> None:
     )
 
 
+def test_diff_of_what_two_classes_call_otherwise(tmp_path: Path) -> None:
+    """Their learnt alphas are those of the same layers, as their states are."""
+    for name in "ab":
+        save_adapter(tmp_path / name, QWEN, learn_alpha=True)
+    file = tmp_path / "b" / "adapter_model.safetensors"
+    states = load_file(file)
+    states = {name.replace("model.layers", "model.language_model.layers"): state for name, state in states.items()}
+    save_file(states, file)
+    assert "The same, in all of 3 layers." in call("diff", tmp_path / "a", tmp_path / "b").stdout
+    changed = next(name for name in states if "s0_alpha" in name)
+    save_file({**states, changed: states[changed] + 1}, file)
+    found = json.loads(call("diff", tmp_path / "a", tmp_path / "b", "--json", code=1).stdout)
+    assert found["others"] == [changed.replace("language_model.", "")]
+
+
 def test_what_cannot_be_compared(tmp_path: Path) -> None:
     save_adapter(tmp_path / "a", QWEN)
     assert "Can't find 'adapter_config.json'" in failure("diff", tmp_path / "a", tmp_path / "none", code=2)
