@@ -31,8 +31,26 @@ from handling import TINY
 from overhead import LORA, METHODS, base, on_cache, tokens
 from timing import environment, parser, report
 
-COUNTED = {method: METHODS[method] for method in ("base", "S0", LORA)}
+from peft_s0.mixers import find_mixer
+
 STEPS = 4
+
+
+def with_empty_hooks(model: nn.Module) -> nn.Module:
+    """Hooks as S0's on each mixer, which do nothing: what torch takes to call them, and no hook can be below."""
+    for module in model.modules():
+        if find_mixer(type(module)) is not None:
+            module.register_forward_pre_hook(lambda module, args, kwargs: None, with_kwargs=True)
+            module.register_forward_hook(lambda module, args, output: None, always_call=True)
+    return model
+
+
+COUNTED: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "base": METHODS["base"],
+    "base, empty hooks on mixers": with_empty_hooks,
+    "S0": METHODS["S0"],
+    LORA: METHODS[LORA],
+}
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from .config import S0Config, without_start
 from .mixers import Call, Mixer
 from .precision import keep_float32
 from .rows import Routing
+from .switching import Held, let_learn
 from .training import check_engine, check_precision, penalize
 
 
@@ -298,9 +299,7 @@ class S0Layer(nn.Module, BaseTunerLayer):
         self.slots: Slots | None = None
         self.row_slots: Tensor | None = None
         self._active_adapter: list[str] = []
-        # Where the parameters are, for `set_adapter`: the dicts of their modules, which outlive them.
-        self._held: dict[str, list[dict[str, Any]]] = {}
-        self._all_held: list[dict[str, Any]] = []
+        self.held: Held = {}
         # Of the instance, as it will be after the first disable_adapter(): a compiled model sees the difference.
         self._disable_adapters = False
         self.handles: list[RemovableHandle] = []
@@ -327,9 +326,7 @@ class S0Layer(nn.Module, BaseTunerLayer):
             alpha = LearntAlpha(self.alpha(adapter_name), config, device, cast)
             self.s0_alpha[adapter_name] = alpha.train(self.training)
         self._forget(adapter_name)
-        held = [learnt._parameters for learnt in self.learnt_tensors(adapter_name).values()]
-        self._held[adapter_name] = held
-        self._all_held += held
+        self.held[adapter_name] = [learnt._parameters for learnt in self.learnt_tensors(adapter_name).values()]
         self.set_adapter(self.active_adapters)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -346,24 +343,21 @@ class S0Layer(nn.Module, BaseTunerLayer):
         """What puts the layer's adapters back as they are now: the same parameters, under the same names."""
         kept: Any = [self._modules[kind] for kind in self.adapter_layer_names]
         places: list[dict[str, Any]] = [*(modules._modules for modules in kept), self.configs, self.alpha_keys]
-        places.append(self._held)
+        places.append(self.held)
         before, active = [dict(place) for place in places], self._active_adapter
 
         def restore() -> None:
             for place, entries in zip(places, before, strict=True):
                 place.clear()
                 place.update(entries)
-            self._gather_held()
+            self.routing.held = None
             vars(self)["_active_adapter"] = active
 
         return restore
 
     def _forget(self, adapter_name: str) -> None:
-        if self._held.pop(adapter_name, None) is not None:
-            self._gather_held()
-
-    def _gather_held(self) -> None:
-        self._all_held = [parameters for held in self._held.values() for parameters in held]
+        self.held.pop(adapter_name, None)
+        self.routing.held = None
 
     def state(self, adapter_name: str) -> InitialState:
         """The module that holds an adapter's state."""
@@ -380,23 +374,14 @@ class S0Layer(nn.Module, BaseTunerLayer):
         return {kind: held for kind, held in self.learnt_tensors(adapter_name).items() if kind != "s0_alpha"}
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """See `BaseTunerLayer.set_adapter`; this one touches only what changes, for tasks are switched between calls.
+        """See `BaseTunerLayer.set_adapter`.
 
         Args:
             adapter_names: the active adapters.
             inference_mode: whether their states are frozen.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        # Whoever is not active is frozen, also where somebody has let it learn. With many adapters in the model few do,
-        # and asking is all that is done with the others. (FSDP1 has taken the parameters away.)
-        learning = [held for held in self._all_held if "weight" in held and held["weight"].requires_grad]
-        active = [] if inference_mode else [held for name in names for held in self._held.get(name, ()) if held]
-        kept = [id(held) for held in active]
-        for held in learning:
-            if id(held) not in kept:
-                held["weight"].requires_grad_(False)
-        for held in active:
-            held["weight"].requires_grad_(True)
+        let_learn(self.held, [] if inference_mode else names)
         # Not as an attribute: that of a module takes longer than all else here.
         vars(self)["_active_adapter"] = names
 

@@ -242,7 +242,7 @@ class S0Model(BaseTuner):
 
     def _route(self) -> None:
         """Let all tuner layers of the model look up the same thing."""
-        self._routing.layers = list(self.tuner_layers())
+        self._routing.layers, self._routing.held = list(self.tuner_layers()), None
         for layer in self._routing.layers:
             layer.routing = self._routing
 
@@ -300,9 +300,11 @@ class S0Model(BaseTuner):
         if self._has_other_modules() or not self._routing.layers:
             super().set_adapter(adapter_name, inference_mode=inference_mode)
             return
-        # Without a walk over all modules of the model, which takes a hundred times as long.
+        # Without a walk over all modules of the model, which takes a hundred times as long, and without calls of single
+        # layers, each of which waits for memory.
+        self._routing.let_learn([] if inference_mode else names)
         for layer in self._routing.layers:
-            layer.set_adapter(names, inference_mode)
+            vars(layer)["_active_adapter"] = names
         self.active_adapter = adapter_name
 
     def delete_adapter(self, adapter_name: str) -> None:

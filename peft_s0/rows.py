@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from .switching import Held, joined, let_learn
+
 if TYPE_CHECKING:
     from .layer import S0Layer
 
@@ -17,13 +19,21 @@ class Routing:
     Attributes:
         rows: the adapters of the rows while a call with `adapter_names` runs; None: all rows have the active adapters.
         layers: these layers, in the order of the model, so that switching need not search it.
+        held: their parameters, by adapters; None when they are to be gathered anew.
         idle_on: while a step runs in which no mixer that is called with this cache has anything to do, that cache.
     """
 
     def __init__(self) -> None:
         self.rows: RowAdapters | None = None
         self.layers: list[S0Layer] = []
+        self.held: Held | None = None
         self.idle_on: Any = None
+
+    def let_learn(self, names: Sequence[str]) -> None:
+        """Let these adapters' parameters learn, in all layers, and no others'."""
+        if self.held is None:
+            self.held = joined(layer.held for layer in self.layers)
+        let_learn(self.held, names)
 
 
 class RowAdapters:
