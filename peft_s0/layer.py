@@ -298,9 +298,9 @@ class S0Layer(nn.Module, BaseTunerLayer):
         self.slots: Slots | None = None
         self.row_slots: Tensor | None = None
         self._active_adapter: list[str] = []
-        # Where the parameters are, for `set_adapter`: the dicts of their modules, which outlive them.
-        self._held: dict[str, list[dict[str, Any]]] = {}
-        self._all_held: list[dict[str, Any]] = []
+        # The modules with the parameters, for `set_adapter`, which looks into their dicts: attributes take longer.
+        self._held: dict[str, list[Any]] = {}
+        self._all_held: list[Any] = []
         # Of the instance, as it will be after the first disable_adapter(): a compiled model sees the difference.
         self._disable_adapters = False
         self.handles: list[RemovableHandle] = []
@@ -327,7 +327,7 @@ class S0Layer(nn.Module, BaseTunerLayer):
             alpha = LearntAlpha(self.alpha(adapter_name), config, device, cast)
             self.s0_alpha[adapter_name] = alpha.train(self.training)
         self._forget(adapter_name)
-        held = [learnt._parameters for learnt in self.learnt_tensors(adapter_name).values()]
+        held = list(self.learnt_tensors(adapter_name).values())
         self._held[adapter_name] = held
         self._all_held += held
         self.set_adapter(self.active_adapters)
@@ -363,7 +363,7 @@ class S0Layer(nn.Module, BaseTunerLayer):
             self._gather_held()
 
     def _gather_held(self) -> None:
-        self._all_held = [parameters for held in self._held.values() for parameters in held]
+        self._all_held = [learnt for held in self._held.values() for learnt in held]
 
     def state(self, adapter_name: str) -> InitialState:
         """The module that holds an adapter's state."""
@@ -389,8 +389,10 @@ class S0Layer(nn.Module, BaseTunerLayer):
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         # Whoever is not active is frozen, also where somebody has let it learn. With many adapters in the model few do,
         # and asking is all that is done with the others. (FSDP1 has taken the parameters away.)
-        learning = [held for held in self._all_held if "weight" in held and held["weight"].requires_grad]
-        active = [] if inference_mode else [held for name in names for held in self._held.get(name, ()) if held]
+        there = [learnt._parameters for learnt in self._all_held]
+        learning = [held for held in there if "weight" in held and held["weight"].requires_grad]
+        chosen = [] if inference_mode else [learnt for name in names for learnt in self._held.get(name, ())]
+        active = [learnt._parameters for learnt in chosen if learnt._parameters]
         kept = [id(held) for held in active]
         for held in learning:
             if id(held) not in kept:

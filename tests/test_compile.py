@@ -278,3 +278,20 @@ def test_a_layer_compiled_alone(name: str) -> None:
     there = slice(None) if name == "mamba" else mask.bool()
     found, expected = (model(use_cache=False, **arguments).logits[there] for model in (tuned.model, whole))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_after_an_export(tuned: Tuned) -> None:
+    """torch.export puts other dicts of parameters into modules: a model can still be switched, trained and copied."""
+    tuned.model.add_adapter("second", S0Config(alpha=0.6))
+    tuned.model.set_adapter("default")
+    ids, other = tuned.ids(2, 9), tuned.ids(2, 9, seed=1)
+    program = torch.export.export(tuned.model, (ids,), {"use_cache": False}).module()
+    tuned.assert_equal(program(other, use_cache=False).logits, tuned.expected(other), tuned.effect(other))
+    tuned.model.set_adapter("second")
+    learning = [name for name, parameter in tuned.model.named_parameters() if parameter.requires_grad]
+    assert learning
+    assert all(".second." in name for name in learning)
+    copied = copy.deepcopy(tuned.model)
+    copied.set_adapter("default")
+    tuned.assert_equal(copied(ids, use_cache=False).logits, tuned.expected(ids), tuned.effect(ids))
