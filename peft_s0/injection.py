@@ -47,11 +47,11 @@ class Announcement:
     def hear(self) -> dict[str, Any]:
         """What was said."""
         # Asked at every token, so no call too many.
-        return self.told.get(taps.thread(), {}) if self.told else {}
+        return (taps.own(self.told) or {}) if self.told else {}
 
     def take(self) -> dict[str, Any]:
         """What was said, which no one hears again."""
-        return self.told.pop(taps.thread(), {}) if self.told else {}
+        return (taps.take(self.told) or {}) if self.told else {}
 
 
 @dataclass
@@ -469,10 +469,10 @@ def _read_offsets(
 def _after_mixer(mixer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     layer = layer_of(mixer)
     # Asked at every token, so no call too many.
-    call = layer.calls.get(taps.thread()) if layer.calls else None
+    call = taps.take(layer.calls) if layer.calls else None
     if call is None:
         return None
-    _leave(mixer, layer, call)
+    layer.declaration.leave(mixer, call)
     if output is None:
         return None
     output = layer.declaration.returned(call, output)
@@ -481,14 +481,9 @@ def _after_mixer(mixer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
 
 def _clean(mixer: nn.Module, layer: S0Layer) -> None:
     """Undo what a call has left that was interrupted from the keyboard: no hook runs after it."""
-    call = layer.calls.get(taps.thread())
+    call = layer.calls.pop(taps.thread(), None)
     if call is not None:
-        _leave(mixer, layer, call)
-
-
-def _leave(mixer: nn.Module, layer: S0Layer, call: Call) -> None:
-    del layer.calls[taps.thread()]
-    layer.declaration.leave(mixer, call)
+        layer.declaration.leave(mixer, call)
 
 
 def _run_base_rows(

@@ -326,7 +326,7 @@ class S0Layer(nn.Module, BaseTunerLayer):
             alpha = LearntAlpha(self.alpha(adapter_name), config, device, cast)
             self.s0_alpha[adapter_name] = alpha.train(self.training)
         self._forget(adapter_name)
-        self.held[adapter_name] = [learnt._parameters for learnt in self.learnt_tensors(adapter_name).values()]
+        self.held[adapter_name] = list(self.learnt_tensors(adapter_name).values())
         self.set_adapter(self.active_adapters)
 
     def delete_adapter(self, adapter_name: str) -> None:

@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-Held = dict[str, list[dict[str, Any]]]
-"""Where adapters' parameters are, by the adapters' names: the dicts of their modules, which outlive them."""
+from torch import nn
+
+Held = dict[str, list[nn.Module]]
+"""The modules that hold the parameters of adapters, each called `weight`, by the adapters' names.
+
+Not the parameters, nor the dicts that modules keep them in: loaders, FSDP and `torch.export` put others there.
+"""
 
 
 def let_learn(held: Held, names: Sequence[str]) -> None:
@@ -15,19 +20,18 @@ def let_learn(held: Held, names: Sequence[str]) -> None:
     Only what changes is touched, for tasks are switched between calls.
 
     Args:
-        held: the parameters of all adapters.
-        names: the adapters that learn; without parameters here, one is passed over.
+        held: the modules of all adapters.
+        names: the adapters that learn; without modules here, one is passed over.
     """
-    # FSDP1 has taken the parameters away.
-    active = [parameters for name in names for parameters in held.get(name, ()) if parameters]
+    # By their dicts, for attributes of modules take longer. FSDP1 has taken the parameters away.
+    found: list[dict[str, Any]] = [learnt._parameters for name in names for learnt in held.get(name, ())]
+    active = [parameters for parameters in found if parameters]
     kept = set(map(id, active))
     # Whoever is not active is frozen, also where somebody has let it learn. With many adapters in the model few do, and
     # asking is all that is done with the others.
+    everywhere: list[dict[str, Any]] = [learnt._parameters for modules in held.values() for learnt in modules]
     learning = [
-        parameters
-        for of_adapter in held.values()
-        for parameters in of_adapter
-        if "weight" in parameters and parameters["weight"].requires_grad
+        parameters for parameters in everywhere if "weight" in parameters and parameters["weight"].requires_grad
     ]
     for parameters in learning:
         if id(parameters) not in kept:
@@ -37,9 +41,9 @@ def let_learn(held: Held, names: Sequence[str]) -> None:
 
 
 def joined(parts: Iterable[Held]) -> Held:
-    """The parameters of several layers, by adapters."""
+    """The modules of several layers, by adapters."""
     whole: Held = {}
     for part in parts:
-        for name, parameters in part.items():
-            whole.setdefault(name, []).extend(parameters)
+        for name, modules in part.items():
+            whole.setdefault(name, []).extend(modules)
     return whole

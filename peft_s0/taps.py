@@ -12,13 +12,14 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 Action = Callable[[Tensor], "Tensor | None"]
+T = TypeVar("T")
 
 
 @dataclass
@@ -49,7 +50,7 @@ class Tap(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The part's output, as the actions change it."""
-        actions = self.actions.get(thread())
+        actions = own(self.actions) if self.actions else None
         if actions is None:
             return self.part(*args, **kwargs)
         if actions.on_input is not None:
@@ -69,6 +70,24 @@ class Tap(nn.Module):
 def thread() -> int:
     """Which thread this is; compiled code, which cannot ask, is one of its own."""
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
+def own(held: dict[int, T]) -> T | None:
+    """What is held for this thread, whether the code that put it there was compiled or not.
+
+    Within one call that may differ: a layer may be compiled alone, and what was compiled too often runs uncompiled.
+    """
+    if torch.compiler.is_compiling():
+        return held[0] if 0 in held else _own(held) if held else None
+    return held.get(threading.get_ident(), held.get(0))
+
+
+def take(held: dict[int, T]) -> T | None:
+    """`own`, which is held no longer."""
+    if torch.compiler.is_compiling():
+        return held.pop(0) if 0 in held else _take(held) if held else None
+    key = threading.get_ident()
+    return held.pop(key if key in held else 0, None)
 
 
 def on_output(mixer: nn.Module, part: str, action: Action) -> None:
@@ -98,15 +117,21 @@ def clear(mixer: nn.Module) -> None:
     tapped = [name for name, child in mixer._modules.items() if type(child) is Tap]
     if not tapped:
         return
-    if torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling():
+        _put_back(mixer, tapped)
+    elif all(0 in getattr(mixer, name).actions for name in tapped):
         for name in tapped:
             setattr(mixer, name, getattr(mixer, name).part)
-        return
+    else:
+        _put_back_uncompiled(mixer, tapped)
+
+
+def _put_back(mixer: nn.Module, tapped: list[str]) -> None:
     with _PLACING:
         for name in tapped:
             tap = mixer._modules[name]
             if isinstance(tap, Tap):
-                tap.actions.pop(thread(), None)
+                take(tap.actions)
                 if not tap.actions:
                     mixer._modules[name] = tap.part
 
@@ -116,6 +141,9 @@ def _both(first: Action, second: Action, output: Tensor) -> Tensor | None:
     again = second(output if changed is None else changed)
     return changed if again is None else again
 
+
+# Only uncompiled code can ask which thread it runs in.
+_own, _take, _put_back_uncompiled = (torch.compiler.disable(function) for function in (own, take, _put_back))
 
 # Taps that were in place before. To make a module takes longer than all else that is done with it.
 _MADE: WeakKeyDictionary[nn.Module, dict[str, Tap]] = WeakKeyDictionary()

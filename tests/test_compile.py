@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -10,7 +11,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from architectures import Architecture
+from architectures import ARCHITECTURES, MAIN, Architecture, mixers
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from test_law import left_pad, packed_arguments
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from transformers import StaticCache
 from tuned import Tuned, tune
 
 from peft_s0 import S0Config
+from peft_s0.taps import Tap
 
 pytestmark = pytest.mark.filterwarnings(
     # From inside of torch and transformers.
@@ -239,3 +241,57 @@ def test_packed_rows(tuned: Tuned) -> None:
     logits = compiled(tuned.model, backend="eager", fullgraph=False)(ids, use_cache=False, **arguments).logits
     for row, actual in zip(rows, logits.split([6, 8], dim=1), strict=True):
         tuned.assert_equal(actual, tuned.expected(row[None]), tuned.effect(row[None]))
+
+
+@pytest.mark.parametrize("architecture", MAIN[1:], ids=lambda row: row.name)
+@torch.no_grad()
+def test_mixers_compiled_one_by_one(tuned: Tuned) -> None:
+    """Also when torch goes on uncompiled with a part of their call, which it has compiled too often for its limit."""
+    whole = copy.deepcopy(tuned.model)
+    for mixer in mixers(tuned.model):
+        mixer.compile(backend="eager")
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for longest in range(9, 14):
+            ids, mask, _ = left_pad([tuned.ids(1, length)[0] for length in range(longest, 5, -2)])
+            found, expected = (model(ids, attention_mask=mask).logits for model in (tuned.model, whole))
+            torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], atol=1e-6, rtol=0)
+            assert not any(layer.calls for layer in tuned.model.base_model.tuner_layers())
+            assert not any(isinstance(module, Tap) for module in tuned.model.modules())
+
+
+@pytest.mark.parametrize("name", ["mamba", "recurrent_gemma"])
+@pytest.mark.filterwarnings(
+    # Of how transformers is written.
+    "ignore:Dynamo detected a call to a `functools.lru_cache`-wrapped function:UserWarning",
+    "ignore:.*torch.autograd.function.Function:DeprecationWarning",
+)
+@torch.no_grad()
+def test_a_layer_compiled_alone(name: str) -> None:
+    """Documents and pads, of which the model around it, that is not compiled, must tell its mixer."""
+    tuned = tune(next(row for row in ARCHITECTURES if row.name == name))
+    whole = copy.deepcopy(tuned.model)
+    next(m for m in tuned.model.modules() if isinstance(m, nn.ModuleList))[0].compile(backend="eager")
+    rows = [tuned.ids(1, 9)[0], tuned.ids(1, 4, seed=1)[0]]
+    ids, mask, _ = left_pad(rows)
+    packed = {"input_ids": torch.cat(rows)[None], **packed_arguments([9, 4])}
+    arguments = packed if name == "mamba" else {"input_ids": ids, "attention_mask": mask}
+    there = slice(None) if name == "mamba" else mask.bool()
+    found, expected = (model(use_cache=False, **arguments).logits[there] for model in (tuned.model, whole))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_after_an_export(tuned: Tuned) -> None:
+    """torch.export puts other dicts of parameters into modules: a model can still be switched, trained and copied."""
+    tuned.model.add_adapter("second", S0Config(alpha=0.6))
+    tuned.model.set_adapter("default")
+    ids, other = tuned.ids(2, 9), tuned.ids(2, 9, seed=1)
+    program = torch.export.export(tuned.model, (ids,), {"use_cache": False}).module()
+    tuned.assert_equal(program(other, use_cache=False).logits, tuned.expected(other), tuned.effect(other))
+    tuned.model.set_adapter("second")
+    learning = [name for name, parameter in tuned.model.named_parameters() if parameter.requires_grad]
+    assert learning
+    assert all(".second." in name for name in learning)
+    copied = copy.deepcopy(tuned.model)
+    copied.set_adapter("default")
+    tuned.assert_equal(copied(ids, use_cache=False).logits, tuned.expected(ids), tuned.effect(ids))

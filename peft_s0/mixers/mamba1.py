@@ -61,8 +61,7 @@ class Scan:
     def __init__(self, mixer: MixerModule, call: Call, states: Tensor) -> None:
         self.mixer = mixer
         self.call = call
-        self.a = -torch.exp(mixer.A_log.float()).reshape(-1, *mixer.A_log.shape[-2:])
-        self.states = states.float().reshape(-1, *self.a.shape)
+        self.states = states.float().reshape(states.shape[0], -1, *mixer.A_log.shape[-2:])
         self._signals: Signals | None = None
 
     @property
@@ -73,6 +72,8 @@ class Scan:
             dt = functional.softplus(logits.float())
             if self.call.held is not None:
                 dt = dt.masked_fill(self.call.held[..., None, None], 0.0)
+            # Not before the mixer runs: if it is offloaded, its parameters are there only then.
+            self.a = -torch.exp(self.mixer.A_log.float()).reshape(-1, *self.mixer.A_log.shape[-2:])
             self._signals = Signals(dt, x.float(), b.float(), c.float())
         return self._signals
 
