@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import asdict, field, fields, make_dataclass
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -41,6 +41,14 @@ TINY: dict[str, Any] = {
     "s0_alpha": 1.0,
 }
 """What differs for the tiny model, which is there if no other is named."""
+
+
+@dataclass
+class Length:
+    """How long to train, as far as it is said."""
+
+    max_steps: int | None = None
+    num_train_epochs: float | None = None
 
 
 def _start(text: str) -> bool | float | str:
@@ -106,11 +114,14 @@ def parse_arguments(
     Raises:
         ValueError: For LoRA's --use_peft, which is not for these scripts, or a model without data.
     """
-    # The model first: it decides on the defaults of the rest.
-    model_only = TrlParser(ModelConfig, add_help=False, allow_abbrev=False)
-    named = model_only.parse_args_and_config(return_remaining_strings=True)[0].model_name_or_path is not None
+    # What decides on the defaults of the rest: the model, and whether epochs are asked for.
+    first = TrlParser((ModelConfig, Length), add_help=False, allow_abbrev=False)
+    model, length, _ = first.parse_args_and_config(return_remaining_strings=True)
+    named = model.model_name_or_path is not None
     parser = TrlParser((script_type, training_type, ModelConfig, DatasetMixtureConfig, S0Arguments))
     parser.set_defaults_with_config(**{**recipe, **({} if named else tiny)})
+    if length.num_train_epochs is not None and length.max_steps is None:
+        parser.set_defaults(max_steps=-1)  # the recipe's would go before them
     script, training, model, mixture, s0 = parser.parse_args_and_config()
     if not named:
         torch.set_num_threads(1)  # the tiny model is too small for more

@@ -195,7 +195,12 @@ class S0Model(BaseTuner):
         """See `BaseTuner.inject_adapter`."""
         # Layers read the config in each call, and what the model does not know is written into it: it is the adapter's
         # alone, whatever else is made of the one that was passed.
-        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        config = cast(S0Config, copy.deepcopy(self.peft_config[adapter_name]))
+        self.peft_config[adapter_name] = config
+        heads = _HEADS.get(config.task_type or "", [])
+        if heads:
+            # PEFT adds them later, and to the config that was passed.
+            config.modules_to_save = [*dict.fromkeys([*(config.modules_to_save or []), *heads])]
         if state_dict is not None:
             # PEFT takes what stands in front of the prefix for the target; here that is the mixer's child, and its name
             # may be that of another class of the model.
@@ -663,6 +668,9 @@ class S0Model(BaseTuner):
     def tuner_layers(self) -> Iterator[S0Layer]:
         """The tuner layers, in the order of the model."""
         return (module for module in self.model.modules() if isinstance(module, S0Layer))
+
+
+_HEADS = {"TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
 
 
 def recurrent_layers(model: nn.Module) -> list[int]:

@@ -30,8 +30,8 @@ def token_rows(model: nn.Module, tokenizer: Any, prompts: Any, opens_answer: boo
         Int64 [tokens] on the model's device, for each prompt.
 
     Raises:
-        ValueError: for no prompts, a prompt without tokens, ids that the model does not have, and texts without a
-            tokenizer.
+        ValueError: for no prompts, a prompt without tokens, ids that the model does not have, texts without a
+            tokenizer, and messages with more than text, such as pictures.
         TypeError: for prompts of another kind.
     """
     if isinstance(prompts, Tensor):
@@ -63,6 +63,7 @@ def _ids(tokenizer: Any, prompt: Any, vocabulary: int | None, opens_answer: bool
         if tokenizer is None:
             raise ValueError(f"The prompt {prompt!r} is text: pass the model's tokenizer, or token ids.")
         if messages:
+            _check_parts(prompt)
             chat = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=opens_answer, return_dict=True)
             ids = list(chat["input_ids"])
         else:
@@ -82,6 +83,18 @@ def _ids(tokenizer: Any, prompt: Any, vocabulary: int | None, opens_answer: bool
             "Use the model's own tokenizer."
         )
     return ids
+
+
+def _check_parts(messages: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse pictures and the like, of which a chat template leaves no more than a mark."""
+    for message in messages:
+        content = message.get("content")
+        for part in content if isinstance(content, Sequence) else ():
+            kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
+            if kind != "text":
+                raise ValueError(
+                    f"A message of a prompt has a part of the type {kind!r}, and only text is run. Leave it out."
+                )
 
 
 @contextmanager

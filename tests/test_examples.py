@@ -453,6 +453,16 @@ def test_a_file_of_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
         arguments.step_over_all(parse(monkeypatch)[1], data.to_iterable_dataset())
 
 
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [([], 20), (["--num_train_epochs", "3"], -1), (["--num_train_epochs", "3", "--max_steps", "20"], 20)],
+)
+def test_epochs(monkeypatch: pytest.MonkeyPatch, options: list[str], steps: int) -> None:
+    """They count where they are asked for, unless steps are, too; transformers would take the recipe's steps."""
+    training = parse(monkeypatch, *options)[1]
+    assert (training.max_steps, training.num_train_epochs) == (steps, 3)
+
+
 def test_splits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A file has one to train on; a folder may have one to evaluate on as well."""
     for name in ("train", "test"):

@@ -163,6 +163,19 @@ def test_a_processor_stands_for_its_tokenizer() -> None:
         ]
 
 
+def test_a_prompt_with_a_picture() -> None:
+    """Its template would leave a mark where the picture was, and the model would run that."""
+    tokenizer, base = load_tokenizer(), load_base()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% for part in m['content'] %}{{ part['text'] or 'x' }}{% endfor %}{% endfor %}"
+    )
+    text = {"type": "text", "text": TEXT}
+    (row,) = token_rows(base, tokenizer, [{"role": "user", "content": [text]}])
+    assert row.tolist() == tokenizer(TEXT, add_special_tokens=False).input_ids
+    with pytest.raises(ValueError, match="a part of the type 'image', and only text is run"):
+        state_from_prompt(base, tokenizer, [{"role": "user", "content": [{"type": "image", "url": "a.png"}, text]}])
+
+
 @pytest.mark.parametrize("architecture", MAIN, ids=lambda row: row.name)
 def test_several_prompts_are_their_mean(architecture: Architecture) -> None:
     prompts = [ids(5), ids(9, seed=1), ids(2, seed=2)]

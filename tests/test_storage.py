@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import MAIN, Architecture
+from architectures import ARCHITECTURES, MAIN, Architecture
 from peft import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
     AutoPeftModelForFeatureExtraction,
+    AutoPeftModelForQuestionAnswering,
     AutoPeftModelForSequenceClassification,
+    AutoPeftModelForTokenClassification,
     PeftConfig,
     PeftModel,
     get_peft_model,
@@ -25,7 +27,13 @@ from peft import (
 )
 from peft.helpers import check_if_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 from tuned import Tuned, tune
 
 from peft_s0 import S0Config, S0Layer
@@ -144,22 +152,25 @@ def test_auto_classes(tuned: Tuned, tmp_path: Path) -> None:
     assert check_if_peft_model(str(tmp_path / "adapter"))
 
 
-# transformers has no classifier of FalconH1.
+NEXT = next(row for row in ARCHITECTURES if row.name == "qwen3_next")
+# transformers has no classifier of FalconH1, and of Qwen3.5's text model none of tokens.
 TASKS = [
     *((architecture, "FEATURE_EXTRACTION", AutoModel, AutoPeftModelForFeatureExtraction) for architecture in MAIN),
     (MAIN[0], "SEQ_CLS", AutoModelForSequenceClassification, AutoPeftModelForSequenceClassification),
+    (NEXT, "TOKEN_CLS", AutoModelForTokenClassification, AutoPeftModelForTokenClassification),
+    (NEXT, "QUESTION_ANS", AutoModelForQuestionAnswering, AutoPeftModelForQuestionAnswering),
 ]
 
 
 @pytest.mark.parametrize(("row", "task", "auto", "auto_peft"), TASKS, ids=lambda value: getattr(value, "name", None))
 def test_auto_classes_of_other_tasks(row: Architecture, task: str, auto: type, auto_peft: type, tmp_path: Path) -> None:
-    """A classification head is trained and saved with the states, as for LoRA."""
+    """A head is trained and saved with the states, as for LoRA."""
     row.build().save_pretrained(tmp_path / "lm")
     auto.from_pretrained(tmp_path / "lm").save_pretrained(tmp_path / "base")
     base, model = (auto.from_pretrained(tmp_path / "base").eval() for _ in range(2))
     model = get_peft_model(model, S0Config(task_type=task, init_weights=1.0, alpha=1.0))
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    assert any("modules_to_save" in name for name, _ in trained) is (task == "SEQ_CLS")
+    assert any("modules_to_save" in name for name, _ in trained) is (task != "FEATURE_EXTRACTION")
     for _, parameter in trained:
         parameter.add_(0.1)
     model.save_pretrained(tmp_path / "adapter")
