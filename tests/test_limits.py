@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, LEAKS, NGRAMS, Architecture, mixers
+from architectures import ARCHITECTURES, LEAKS, MAIN, NGRAMS, Architecture, mixers
 from reference import Mamba2
 from test_law import in_chunks, packed_arguments
 from trainers import logged, mean_loss, sft, token_rows
 from tuned import tune
+
+from peft_s0 import S0Config
 
 
 @pytest.mark.parametrize(
@@ -75,6 +77,15 @@ def test_trl_does_not_find_the_soft_cap_of_logits(name: str, cap: str, tmp_path:
     expected = mean_loss(architecture.build(), rows)
     assert losses[0] != pytest.approx(expected, rel=1e-5)
     assert losses[1] == pytest.approx(expected, rel=1e-6)
+
+
+def test_trl_does_not_train_tokens_of_tied_embeddings(tmp_path: Path) -> None:
+    model = MAIN[0].build()
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    trainer = sft(MAIN[0], tmp_path, S0Config(trainable_token_indices=[5]), model=model, max_steps=1)
+    with pytest.raises(AttributeError, match="'TrainableTokensWrapper' object has no attribute 'bias'"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("name", ["granitemoehybrid", "glm5_next", "qwen3_5_moe"])
