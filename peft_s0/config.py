@@ -201,6 +201,8 @@ class S0Config(PeftConfig):
         for name in ("modules_to_save", "trainable_token_indices", "layers_to_transform", "init_prompt"):
             # As they are read from a file.
             setattr(self, name, _listed(getattr(self, name)))
+        if isinstance(self.modules_to_save, str):
+            raise ValueError(f"S0Config: modules_to_save must be a list of names, got {self.modules_to_save!r}.")
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError("S0Config: layers_pattern counts for nothing without layers_to_transform; set both.")
         for name in ("alpha", "train_alpha", "l2_lambda"):

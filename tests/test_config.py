@@ -35,6 +35,8 @@ from peft_s0 import S0Config, S0Layer
         ({"layers_pattern": "layers"}, "layers_to_transform"),
         ({"normalize": "no"}, "normalize must be True or False, got 'no'"),
         ({"learn_alpha": 1}, "learn_alpha must be True or False, got 1"),
+        # PEFT would take each letter for the end of names, and train whatever ends so.
+        ({"modules_to_save": "mlp"}, r"modules_to_save must be a list of names, got 'mlp'"),
     ],
 )
 def test_bad_values(arguments: dict, message: str) -> None:
