@@ -23,6 +23,7 @@ PAPER: dict[str, Any] = {
     "lr_scheduler_type": "constant",
     "max_steps": 20,
     "max_grad_norm": 1.0,
+    "router_aux_loss_coef": 0.0,  # of a mixture of experts, whose routers are frozen
     "dtype": "bfloat16",
     "logging_steps": 1,
     "save_steps": 5,

@@ -198,9 +198,11 @@ class S0Config(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
-        for name in ("modules_to_save", "trainable_token_indices"):
+        for name in ("modules_to_save", "trainable_token_indices", "layers_to_transform", "init_prompt"):
             # As they are read from a file.
             setattr(self, name, _listed(getattr(self, name)))
+        if isinstance(self.modules_to_save, str):
+            raise ValueError(f"S0Config: modules_to_save must be a list of names, got {self.modules_to_save!r}.")
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError("S0Config: layers_pattern counts for nothing without layers_to_transform; set both.")
         for name in ("alpha", "train_alpha", "l2_lambda"):
@@ -373,10 +375,11 @@ def load_config(model_id: str | Path, **kwargs: Any) -> S0Config:
 
 
 def _listed(value: Any) -> Any:
-    """Tuples as lists, also in a dict."""
+    """Tuples, ranges, arrays and tensors as lists, their numbers as Python's; also in a dict or a list."""
+    value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, dict):
         return {key: _listed(entry) for key, entry in value.items()}
-    return list(value) if isinstance(value, tuple) else value
+    return [_listed(entry) for entry in value] if isinstance(value, (list, tuple, range)) else value
 
 
 def _is_number(value: Any) -> bool:

@@ -149,9 +149,10 @@ class S0Model(BaseTuner):
         if not matched:
             raise NoMatchingPeftModuleError(
                 f"S0Config: target_modules={peft_config.target_modules!r} (exclude_modules="
-                f"{peft_config.exclude_modules!r}, layers_to_transform={peft_config.layers_to_transform!r}) matches "
-                f"nothing. The recurrent mixers of this model are {shortened(mixers)}; leave target_modules at None "
-                "to adapt all of them."
+                f"{peft_config.exclude_modules!r}, layers_to_transform={peft_config.layers_to_transform!r}, "
+                f"modules_to_save={peft_config.modules_to_save!r}) matches nothing. The recurrent mixers of this model "
+                f"are {shortened(mixers)}; leave target_modules at None to adapt all of them. Those in modules_to_save "
+                "get no state."
             )
         peft_config.alpha_pattern = fit_pattern(peft_config.alpha_pattern, matched)
 

@@ -5,7 +5,9 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from architectures import MAIN, Architecture
@@ -33,6 +35,8 @@ from peft_s0 import S0Config, S0Layer
         ({"layers_pattern": "layers"}, "layers_to_transform"),
         ({"normalize": "no"}, "normalize must be True or False, got 'no'"),
         ({"learn_alpha": 1}, "learn_alpha must be True or False, got 1"),
+        # PEFT would take each letter for the end of names, and train whatever ends so.
+        ({"modules_to_save": "mlp"}, r"modules_to_save must be a list of names, got 'mlp'"),
     ],
 )
 def test_bad_values(arguments: dict, message: str) -> None:
@@ -65,6 +69,21 @@ def test_sequences_are_as_they_are_in_a_file(tmp_path: Path) -> None:
         assert made.modules_to_save == ["lm_head"]
         assert made.trainable_token_indices == {"embed_tokens": [5, 7]}
     assert S0Config(trainable_token_indices=(5, 7)).trainable_token_indices == [5, 7]
+
+
+@pytest.mark.parametrize("numbers", [range(1, 3), np.arange(1, 3), list(np.arange(1, 3)), torch.arange(1, 3)], ids=repr)
+def test_numbers_that_no_file_takes(tmp_path: Path, numbers: Any) -> None:
+    """A config that could not be written would be found out when the training is over."""
+    fields = {"layers_to_transform": numbers, "trainable_token_indices": {"embed_tokens": numbers}}
+    config = S0Config(**fields, init_weights="prompt", init_prompt=numbers)
+    assert config == S0Config(
+        layers_to_transform=[1, 2],
+        trainable_token_indices={"embed_tokens": [1, 2]},
+        init_weights="prompt",
+        init_prompt=[1, 2],
+    )
+    config.save_pretrained(tmp_path)
+    assert replace(S0Config.from_pretrained(tmp_path), inference_mode=False) == config
 
 
 def test_alpha_is_the_familys_unless_given(architecture) -> None:

@@ -81,9 +81,10 @@ def test_target_modules_inside_a_mixer(architecture: Architecture, target_module
 
 def test_target_modules_that_hit_nothing(architecture: Architecture) -> None:
     model = architecture.build()
-    for arguments in ({"target_modules": ["nothing"]}, {"layers_to_transform": [77]}):
+    for arguments in ({"target_modules": ["nothing"]}, {"layers_to_transform": [77]}, {"modules_to_save": ["model"]}):
         with pytest.raises(
-            NoMatchingPeftModuleError, match=r"matches nothing. The recurrent mixers of this model are model\.layers\.0"
+            NoMatchingPeftModuleError,
+            match=r"modules_to_save=.* matches nothing. The recurrent mixers of this model are model\.layers\.0",
         ):
             get_peft_model(model, S0Config(**arguments))
     assert untouched(model)

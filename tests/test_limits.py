@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, LEAKS, NGRAMS, Architecture, mixers
+from architectures import ARCHITECTURES, LEAKS, MAIN, NGRAMS, Architecture, mixers
 from reference import Mamba2
 from test_law import in_chunks, packed_arguments
+from trainers import logged, mean_loss, sft, token_rows
 from tuned import tune
+
+from peft_s0 import S0Config
 
 
 @pytest.mark.parametrize(
@@ -57,3 +61,46 @@ def test_single_steps_do_not_limit_the_time_step(architecture: Architecture) -> 
         # A prompt, its continuation in one call, and token by token.
         torch.testing.assert_close(in_chunks(limited, ids, [6, 12]), at_once, atol=2e-5, rtol=0)
         assert float((in_chunks(limited, ids, range(6, 13)) - at_once).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize(("name", "cap"), [("recurrent_gemma", "logits_soft_cap"), ("xlstm", "output_logit_soft_cap")])
+def test_trl_does_not_find_the_soft_cap_of_logits(name: str, cap: str, tmp_path: Path) -> None:
+    architecture = next(row for row in ARCHITECTURES if row.name == name)
+    rows, losses = token_rows(4), []
+    for told in (False, True):
+        model = architecture.build()
+        if told:
+            model.config.final_logit_softcapping = getattr(model.config, cap)
+        trainer = sft(architecture, tmp_path, model=model, train_dataset=rows, max_steps=1)
+        trainer.train()
+        losses += logged(trainer)
+    expected = mean_loss(architecture.build(), rows)
+    assert losses[0] != pytest.approx(expected, rel=1e-5)
+    assert losses[1] == pytest.approx(expected, rel=1e-6)
+
+
+def test_trl_does_not_train_tokens_of_tied_embeddings(tmp_path: Path) -> None:
+    model = MAIN[0].build()
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    trainer = sft(MAIN[0], tmp_path, S0Config(trainable_token_indices=[5]), model=model, max_steps=1)
+    with pytest.raises(AttributeError, match="'TrainableTokensWrapper' object has no attribute 'bias'"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("name", ["granitemoehybrid", "glm5_next", "qwen3_5_moe"])
+def test_trl_balances_routers(name: str, tmp_path: Path) -> None:
+    """By a term in the loss, for which it must find the number of experts."""
+    architecture = next(row for row in ARCHITECTURES if row.name == name)
+    rows = token_rows(4)
+    expected = mean_loss(architecture.build(), rows)
+    trainer = sft(architecture, tmp_path, train_dataset=rows, max_steps=1)
+    if name == "qwen3_5_moe":
+        trainer.train()
+        assert logged(trainer)[0] > expected + 1e-3
+    else:
+        with pytest.raises(AttributeError, match="has no attribute 'num_experts'"):
+            trainer.train()
+    trainer = sft(architecture, tmp_path, train_dataset=rows, max_steps=1, router_aux_loss_coef=0.0)
+    trainer.train()
+    assert logged(trainer)[0] == pytest.approx(expected, rel=1e-6)
