@@ -41,8 +41,8 @@ def calibrate(
         The model, with the alpha that was chosen, and what was tried.
 
     Raises:
-        ValueError: for an adapter that names no base model or does not fit it, for data without rows or with other
-            fields, and see `calibrate_alpha`.
+        ValueError: for an adapter that names no base model or does not fit it, for data without rows, with other fields
+            or of prompts that are too long, and see `calibrate_alpha`.
     """
     config = load_config(adapter, **options)
     examples = _load(data, split)
@@ -59,6 +59,8 @@ def calibrate(
         # torch's words for weights beside the states, such as the embeddings of a vocabulary that was resized.
         raise ValueError(f"'{adapter}' does not fit the base model '{base_model}': {error}") from error
     rows = _tokenized(model, tokenizer, examples, max_length)
+    if not len(rows):
+        raise ValueError(f"Every row of '{data}' is longer than max_length={max_length} before its completion begins.")
     return model, calibrate_alpha(model, rows, grid, per_layer=per_layer, batch_size=batch_size)
 
 

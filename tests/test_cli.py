@@ -758,6 +758,13 @@ def test_what_calibrate_refuses(tiny: Path, tmp_path: Path) -> None:
     assert "'foo' is not one of" in call("calibrate", tiny / "adapter", data, "--dtype", "foo", code=2).stderr
 
 
+def test_calibrate_on_prompts_that_are_too_long(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "def f(x):", "completion": " return x"}\n')
+    options = ["--max-length", "3", "--base-model", tiny / "base"]
+    message = call("calibrate", tiny / "adapter", tmp_path / "rows.jsonl", *options, code=1).stderr.splitlines()[-1]
+    assert "rows.jsonl' is longer than max_length=3 before its completion begins" in message
+
+
 def test_what_was_calibrated_is_saved_before_it_is_drawn(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"prompt": "def f(x):", "completion": " return x"}\n')
     options = ["--grid", "0.1", "--base-model", tiny / "base", "-o", tmp_path / "out", "--plot", tmp_path / "a.none"]
