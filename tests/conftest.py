@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # Before any library asks: no network in tests, and no parallelism within one (pytest-xdist runs several).
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -14,6 +15,8 @@ from architectures import MAIN, Architecture
 from transformers.utils import logging
 from tuned import Tuned, tune
 
+# Where a shell starts the tests in the background they ignore Ctrl-C, and so does what they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 logging.set_verbosity_error()
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=25)
