@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The miniature at 100 M parameters, on one GPU: pretrains the base model, says what it can do, and makes the tables of it.
-# After MINUTES, 8 unless said otherwise, nothing new is begun.
+# The miniature at 100 M parameters, on one GPU: pretrains the base model at several learning rates side by side, takes the
+# one with the lowest last loss, says what it can do, and makes the tables of it. After MINUTES, 8 unless said otherwise,
+# nothing new is begun.
 #
 #     bash experiments/mini/gpu.sh OUTPUT
 #
@@ -8,22 +9,36 @@
 set -euo pipefail
 
 output=$(realpath -m "${1:?"the folder to write is missing: bash experiments/mini/gpu.sh OUTPUT"}")
-work=${WORK:-${TMPDIR:-/tmp}/miniature-gpu}
+work=$(realpath -m "${WORK:-${TMPDIR:-/tmp}/miniature-gpu}")
 device=${DEVICE:-cuda}
 began=$SECONDS
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+model=experiments/mini/models/qwen3.5-100m
 mkdir -p "$output" "$work"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 
-if [[ ! -f experiments/mini/models/qwen3.5-100m/config.json ]]; then
-    python3 examples/miniature/pretrain.py qwen3.5-100m --device "$device" --steps "${STEPS:-1200}" \
-        --minutes "${PRETRAIN_MINUTES:-2.5}" --problems 64 2> "$work/pretraining.err" | tee "$output/pretraining.txt" \
-        || { tail -c 5000 "$work/pretraining.err"; exit 1; }
+pretrain() {
+    python3 examples/miniature/pretrain.py qwen3.5-100m --device "$device" --steps "${STEPS:-1500}" \
+        --minutes "${PRETRAIN_MINUTES:-2.5}" --problems "${PROBLEMS:-64}" --learning-rate "$1" --output "$work/base-$1" \
+        > "$work/pretraining-$1.txt" 2> "$work/pretraining-$1.err" || tail -c 3000 "$work/pretraining-$1.err"
+}
+
+if [[ ! -f $model/config.json ]]; then
+    rates=${RATES:-3e-4 6e-4 1.2e-3}
+    for rate in $rates; do
+        pretrain "$rate" &
+    done
+    wait
+    for rate in $rates; do
+        echo "learning rate $rate: $(sed -n 's/^step [0-9]*: loss //p' "$work/pretraining-$rate.txt" | tail -n 1)"
+    done | tee "$output/pretraining.txt"
+    best=$(awk '$4 ~ /^[0-9.]+$/ { print $4, $3 }' "$output/pretraining.txt" | sort -g | sed -n '1s/.* \(.*\):/\1/p')
+    cat "$work/pretraining-${best:?"no pretraining came to its end"}.txt" | tee -a "$output/pretraining.txt"
     if ! awk '/^pass@16:/ { able = ($2 + 0 >= 60) } END { exit !able }' "$output/pretraining.txt"; then
-        echo "The base model solves too few problems to tune it: train it for longer, or at another rate." >&2
-        rm -r experiments/mini/models/qwen3.5-100m
+        echo "The base model solves too few problems to tune it: train it for longer, or at other RATES." >&2
         exit 1
     fi
+    mv "$work/base-$best" "$model"
 fi
 echo "pretraining took $((SECONDS - began)) s"
 
