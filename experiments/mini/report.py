@@ -239,7 +239,7 @@ def _draw_curves(results: Results, path: Path) -> None:
             axes.axhline(base[0], color="black", linestyle=":", linewidth=1, label="base")
         axes.spines[["top", "right"]].set_visible(False)
         if axes is not right and axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, loc="center right" if axes is middle else "upper left")
+            axes.legend(frameon=False, loc="center right" if axes is middle else "lower right")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
