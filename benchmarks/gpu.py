@@ -14,7 +14,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -206,9 +206,8 @@ def measure(name: str, device: str, small: bool, rounds: int) -> list[dict[str, 
     return inference
 
 
-def measure_training(name: str, device: str, small: bool) -> list[dict[str, object]]:
-    """The table of a model's training."""
-    training = []
+def measure_training(name: str, device: str, small: bool) -> Iterator[dict[str, object]]:
+    """The table of a model's training, a row for each method."""
     batches = list(tokens(device, SOLUTIONS, LENGTH).split(ROWS))
     for method in ("S0", LORA):
         model = METHODS[method](base(MODELS[name](small), device))
@@ -220,17 +219,14 @@ def measure_training(name: str, device: str, small: bool) -> list[dict[str, obje
             resident = torch.cuda.memory_allocated()
         each = [recipe_step(batches, model) for _ in range(3)]
         peak = (torch.cuda.max_memory_allocated() - resident) / 1e9 if on_gpu else float("nan")
-        training.append(
-            {
-                "model": name,
-                "method": method,
-                "step, s": round(statistics.median(each) / 1e3, 2),
-                "20 steps, s": round(20 * statistics.median(each) / 1e3, 1),
-                "peak beside weights, GB": round(peak, 2),
-                "weights, GB": round(2 * weights / 1e9, 2),
-            }
-        )
-    return training
+        yield {
+            "model": name,
+            "method": method,
+            "step, s": round(statistics.median(each) / 1e3, 2),
+            "20 steps, s": round(20 * statistics.median(each) / 1e3, 1),
+            "peak beside weights, GB": round(peak, 2),
+            "weights, GB": round(2 * weights / 1e9, 2),
+        }
 
 
 def main() -> None:
@@ -248,8 +244,10 @@ def main() -> None:
         # At once: what is measured is not lost with a machine.
         report(tables, environment(options.device), options.json)
         if not options.no_training:
-            tables[f"{name}, training"] = measure_training(name, options.device, options.small)
-            report(tables, environment(options.device), options.json)
+            training = tables[f"{name}, training"] = []
+            for row in measure_training(name, options.device, options.small):
+                training.append(row)
+                report(tables, environment(options.device), options.json)
 
 
 if __name__ == "__main__":
