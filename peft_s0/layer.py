@@ -525,9 +525,14 @@ class S0Layer(nn.Module, BaseTunerLayer):
             return sum(others, first).contiguous()
         names = rows.of(batch, documents)
         kept = self._kept("s0_state")
-        found = {name: self.effective_state(name).to(device) for name in rows.different if name in kept}
+        found = {name: self._to_scale(kept[name], name, device) for name in rows.different if name in kept}
+        factors = [factor for _, factor in found.values()]
+        # One product for all rows where it is the same: many small ones let an accelerator wait.
+        alike = bool(factors) and all(not isinstance(factor, Tensor) and factor == factors[0] for factor in factors)
+        states = {name: state if alike else state * factor for name, (state, factor) in found.items()}
         zero = torch.zeros((), dtype=torch.float32, device=device).expand(self.state_shape)
-        return torch.stack([found.get(name, zero) for name in names])
+        stacked = torch.stack([states.get(name, zero) for name in names])
+        return stacked.mul_(factors[0]) if alike else stacked
 
     def requires_grad_(self, requires_grad: bool = True) -> S0Layer:
         """As of any module.
@@ -569,6 +574,16 @@ class S0Layer(nn.Module, BaseTunerLayer):
 
         result: Tensor = held(read)
         return result
+
+    def _to_scale(self, held: nn.Module, adapter_name: str, device: torch.device) -> tuple[Tensor, float | Tensor]:
+        """An adapter's state, and the factor that it is still to be multiplied by.
+
+        It may be the parameter itself, but not where that is there for the call of its module only (FSDP, ZeRO-3).
+        """
+        if type(held) is InitialState and not held._forward_hooks:
+            state, factor = held(partial(self._scale, adapter_name))
+            return state.to(device), factor.to(device) if isinstance(factor, Tensor) else factor
+        return self.effective_state(adapter_name).to(device), 1.0
 
     def _scale(self, adapter_name: str, state: Tensor) -> tuple[Tensor, float | Tensor]:
         """A state or an offset of an adapter, and the factor that it is still to be multiplied by.

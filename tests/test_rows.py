@@ -277,6 +277,21 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def test_one_alpha_is_multiplied_once(mixed: Tuned) -> None:
+    """However many adapters there are: as many small products let a GPU wait. To the last bit, each row's state."""
+    names = ["second", "__base__"]
+    for index in range(4):
+        name = f"alike-{index}"
+        mixed.model.add_adapter(name, S0Config(alpha=0.6, init_weights=1.0, rank=2 if index else None))
+        names.append(name)
+    layer = next(iter(mixed.model.base_model.tuner_layers()))
+    with mixed.model.base_model._enable_peft_forward_hooks(adapter_names=names), Operations() as operations:
+        states = layer.start_states(len(names), torch.device("cpu"))
+    assert sum(name.startswith("aten.mul") for name in operations.names) == 1
+    expected = [layer.effective_state(name) if name in layer.configs else states[1] * 0 for name in names]
+    assert torch.equal(states, torch.stack(expected))
+
+
 def test_decoding_does_nothing(mixed: Tuned, monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind the prompt, each step is operation by operation the base model's; states are looked at once a layer."""
     ids, mask, _ = left_pad([mixed.ids(1, n, seed=n)[0] for n in (8, 7, 1, 4, 3, 9, 2)])
