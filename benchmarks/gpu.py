@@ -91,8 +91,9 @@ def many(model: nn.Module) -> nn.Module:
     return tuned
 
 
-METHODS: dict[str, Callable[[nn.Module], nn.Module]] = {"base": lambda model: model, "S0": many}
-METHODS[LORA] = partial(lora, ATTENTION)
+Adapt = Callable[[nn.Module], nn.Module]
+METHODS: dict[str, Adapt] = {"base": lambda model: model, "S0": many, LORA: partial(lora, ATTENTION)}
+TRAINED: dict[str, Adapt] = {"S0": lambda model: get_peft_model(model, S0Config(init_weights=0.1)), LORA: METHODS[LORA]}
 
 
 def recipe_step(batches: list[Tensor], model: nn.Module) -> float:
@@ -209,8 +210,8 @@ def measure(name: str, device: str, small: bool, rounds: int) -> list[dict[str, 
 def measure_training(name: str, device: str, small: bool) -> Iterator[dict[str, object]]:
     """The table of a model's training, a row for each method."""
     batches = list(tokens(device, SOLUTIONS, LENGTH).split(ROWS))
-    for method in ("S0", LORA):
-        model = METHODS[method](base(MODELS[name](small), device))
+    for method, adapt in TRAINED.items():
+        model = adapt(base(MODELS[name](small), device))
         weights = sum(parameter.numel() for parameter in model.get_base_model().parameters())
         on_gpu = torch.device(device).type == "cuda"
         recipe_step(batches[:1], model)
