@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 
@@ -22,7 +22,7 @@ def find_file(source: str | Path, name: str, subfolder: str | None = None, **opt
         options: `revision`, `token` and the like, for the Hub.
 
     Raises:
-        LocalEntryNotFoundError: if the Hub does not answer and the file is not in the cache.
+        LocalEntryNotFoundError: if the Hub does not answer and the cache does not know of the file.
     """
     folder = Path(source, subfolder or "")
     if folder.is_dir():
@@ -30,6 +30,11 @@ def find_file(source: str | Path, name: str, subfolder: str | None = None, **opt
     try:
         return Path(hf_hub_download(str(source), name, subfolder=subfolder, **options))
     except LocalEntryNotFoundError:
+        # The cache keeps also what was not on the Hub.
+        place = {key: options.get(key) for key in ("cache_dir", "revision", "repo_type")}
+        path = f"{subfolder}/{name}" if subfolder else name
+        if try_to_load_from_cache(str(source), path, **place) is _CACHED_NO_EXIST:
+            return None
         raise
     except EntryNotFoundError:
         return None

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft import PeftModel, set_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from .config import find_states, load_config
@@ -72,7 +74,11 @@ def load_without_weights(
     config.inference_mode = True
     config.task_type = config.modules_to_save = config.trainable_token_indices = None
     model = PeftModel(without_weights(base_model, trust_remote_code), config)
-    weights = load_peft_weights(str(adapter), device="cpu", **options)
+    # PEFT's own function for this asks the Hub once more, and finds no subfolder in the cache.
+    file = find_states(str(adapter), **options)
+    if file is None:
+        raise ValueError(f"'{adapter}' has no {SAFETENSORS_WEIGHTS_NAME}; save the adapter with save_pretrained.")
+    weights = load_file(file)
     set_peft_model_state_dict(model, {name: weight for name, weight in weights.items() if is_learnt(name)})
     return model.eval()
 

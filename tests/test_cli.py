@@ -814,7 +814,7 @@ def test_train_hands_on_its_options(start: Any, capsys: pytest.CaptureFixture[st
 
 
 def test_adapters_on_the_hub(tmp_path: Path) -> None:
-    """In a process that is not offline."""
+    """In processes that are not offline, and in one that has the cache alone."""
     QWEN.build().save_pretrained(tmp_path / "base")
     save(tmp_path / "theirs", QWEN)
     save_adapter(tmp_path / "low", QWEN, rank=2)
@@ -838,22 +838,32 @@ for line in sys.stdin.read().splitlines():
         "inspect me/none",
         "inspect me/low --revision v9",
     ]
+    # One file of the second folder is not on the Hub, which the cache knows then.
+    cached = ["inspect me/low --subfolder below -b me/base", "import them/states --subfolder bare -b me/base -o bare"]
     with Hub() as hub:
         for name, folder in (("them/states", "theirs"), ("me/base", "base"), ("me/low", "low")):
             hub.repositories[name] = Repository()
             hub.repositories[name].commit(contents(tmp_path / folder))
-        environment = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-        run = subprocess.run(
-            [sys.executable, "-c", script],
-            input="\n".join(lines),
-            cwd=tmp_path,
-            env={**os.environ, **environment, "HF_HOME": str(tmp_path / "home")},
-            capture_output=True,
-            text=True,
-        )
-        assert run.returncode == 0, run.stderr
+        for name, folder, below in (("them/states", "theirs", "bare"), ("me/low", "low", "below")):
+            files = {f"{below}/{file}": content for file, content in contents(tmp_path / folder).items()}
+            hub.repositories[name].commit({file: files[file] for file in files if file != "bare/meta.json"})
+
+        def run(offline: str, lines: list[str]) -> list[str]:
+            environment = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": offline, "HF_HUB_DISABLE_XET": "1"}
+            run = subprocess.run(
+                [sys.executable, "-c", script],
+                input="\n".join(lines),
+                cwd=tmp_path,
+                env={**os.environ, **environment, "HF_HOME": str(tmp_path / "home")},
+                capture_output=True,
+                text=True,
+            )
+            assert run.returncode == 0, run.stderr
+            return run.stdout.splitlines()
+
+        answers = run("0", [*lines, *cached])
         assert not any(request.endswith("/model.safetensors") for request in hub.requests)
-    answers = run.stdout.splitlines()
+        assert run("1", [cached[0], f"{cached[1]} --overwrite"]) == answers[len(lines) :]
     assert answers[0] == "0 adapter"
     assert answers[1] == "0 again"
     assert contents(tmp_path / "again") == contents(tmp_path / "theirs")
@@ -863,3 +873,5 @@ for line in sys.stdin.read().splitlines():
     assert answers[4] == "0 The same, in all of 3 layers."
     assert answers[5].startswith("1 peft-s0: error: Can't find 'adapter_config.json' at 'me/none'")
     assert answers[6].startswith("1 peft-s0: error: ")
+    assert answers[7].startswith("0 model.layers.2.linear_attn  4 x 16 x 8 ")
+    assert answers[8] == "0 bare"
