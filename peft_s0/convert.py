@@ -12,6 +12,7 @@ import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 from warnings import warn
@@ -287,8 +288,11 @@ def export_rwkv(
         for index, layer in _rwkv_layers_of(model.get_base_model()).items():
             state = tuned[layer.name].effective_state("default") if layer.name in tuned else torch.zeros(layer.shape)
             states[_time_state(index)] = state.transpose(1, 2).to(dtype).contiguous()
+    # By way of memory: on a full disk, torch's own error tells of positions in a file.
+    content = BytesIO()
+    torch.save(states, content)
     with new_file(output, overwrite) as file:
-        torch.save(states, file)
+        file.write_bytes(content.getvalue())
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 
 
 def find_file(source: str | Path, name: str, subfolder: str | None = None, **options: Any) -> Path | None:
@@ -78,6 +79,7 @@ def new_folder(folder: str | Path, overwrite: bool, own: Collection[str]) -> Ite
 
     Raises:
         FileExistsError: see `check_place`.
+        OSError: if it cannot be written, as on a full disk.
     """
     check_place(folder, overwrite, own)
     folder = Path(folder).resolve()
@@ -85,7 +87,8 @@ def new_folder(folder: str | Path, overwrite: bool, own: Collection[str]) -> Ite
     with TemporaryDirectory(dir=folder.parent, prefix=".writing-") as temporary:
         place = Path(temporary) / "new" / folder.name  # model cards say the folder's name
         place.mkdir(parents=True)
-        yield place
+        with _named(folder):
+            yield place
         if folder.exists():
             folder.rename(Path(temporary) / "replaced")
         place.rename(folder)
@@ -101,11 +104,22 @@ def new_file(file: str | Path, overwrite: bool) -> Iterator[Path]:
 
     Raises:
         FileExistsError: see `check_place`.
+        OSError: if it cannot be written, as on a full disk.
     """
     check_place(file, overwrite)
     file = Path(file).resolve()
     file.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=file.parent, prefix=".writing-") as temporary:
         place = Path(temporary) / file.name
-        yield place
+        with _named(file):
+            yield place
         place.replace(file)
+
+
+@contextmanager
+def _named(place: Path) -> Iterator[None]:
+    """Name what cannot be written, where errors of the system and of safetensors say only why."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"'{place}' cannot be written ({error}).") from error
