@@ -57,6 +57,9 @@ def check_place(place: str | Path, overwrite: bool, own: Collection[str] | None 
         return
     if (own is None) is place.is_dir():
         raise FileExistsError(f"'{place}' is a {'folder' if own is None else 'file'}; choose another name to write to.")
+    if own is not None and (place.samefile(".") or place.resolve().is_mount()):
+        # What is written takes the place of the folder itself.
+        raise FileExistsError(f"'{place}' is the working directory or a mount point; name a folder in it to write to.")
     if own is None or any(place.iterdir()):
         if not overwrite:
             raise FileExistsError(f"'{place}' exists already. Choose another name, or replace it with overwrite=True.")
