@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -440,7 +439,9 @@ def _read_rwkv(file: Path) -> dict[int, Tensor]:
         raise FileNotFoundError(f"There is no file '{file}'.")
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # of any kind, where it is no pickle file at all
         raise ValueError(
             f"'{file}' is no file of tensors that torch.load reads with weights_only=True: it is damaged, or holds "
             "objects that could run code."
