@@ -69,6 +69,7 @@ def update_model_card(
     folder: str | Path,
     *,
     repo_id: str | None = None,
+    revision: str | None = None,
     metrics: Mapping[str, float | str] | None = None,
     earlier: ModelCardData | None = None,
 ) -> None:
@@ -80,6 +81,7 @@ def update_model_card(
     Args:
         folder: folder that `save_pretrained` wrote: an adapter, or adapters in folders of their own.
         repo_id: the repository that the card's example loads from. `None`: the folder.
+        revision: the branch that it loads from there. `None`: the repository's main one.
         metrics: what these states reach, such as `{"HumanEval pass@1": "72.2 %"}`. The next save leaves them out again,
             for its states may be others.
         earlier: metadata whose tags and base model are to be kept; saving with PEFT puts its own in their place.
@@ -96,7 +98,8 @@ def update_model_card(
     file = folder / CARD_NAME
     card = ModelCard.load(file) if file.exists() else ModelCard("---\nlibrary_name: peft\n---\n")
     _update_metadata(cast(ModelCardData, card.data), adapters[0].base, earlier or ModelCardData())
-    card.text = _place(_describe(adapters, folder.resolve().name, repo_id, metrics or {}), card.text)
+    place = f'"{repo_id or folder.resolve().name}"' + (f', revision="{revision}"' if revision else "")
+    card.text = _place(_describe(adapters, place, repo_id is not None, metrics or {}), card.text)
     card.save(file)
 
 
@@ -218,8 +221,15 @@ def _update_metadata(data: ModelCardData, base: str | None, earlier: ModelCardDa
     data.tags = list(dict.fromkeys(tags))
 
 
-def _describe(adapters: list[_Adapter], folder: str, repo_id: str | None, metrics: Mapping[str, float | str]) -> str:
-    """The section on S0; the first adapter's base model stands for all."""
+def _describe(adapters: list[_Adapter], place: str, on_hub: bool, metrics: Mapping[str, float | str]) -> str:
+    """The section on S0; the first adapter's base model stands for all.
+
+    Args:
+        adapters: what it is about.
+        place: the arguments by which they are loaded.
+        on_hub: whether that is a repository.
+        metrics: what the states reach.
+    """
     first = adapters[0]
     known = _hub_id(first.base)
     model_class = first.base_class
@@ -227,7 +237,7 @@ def _describe(adapters: list[_Adapter], folder: str, repo_id: str | None, metric
         model_class = _AUTO_CLASSES.get(first.config.get("task_type") or "", "AutoModelForCausalLM")
     loading = []
     for adapter in adapters:
-        arguments = f'"{repo_id or folder}"'
+        arguments = place
         if adapter.folder != ".":
             arguments += f', adapter_name="{adapter.folder}", subfolder="{adapter.folder}"'
         loading.append(
@@ -241,7 +251,7 @@ def _describe(adapters: list[_Adapter], folder: str, repo_id: str | None, metric
         base=f"[{known}](https://huggingface.co/{known})" if known else f"a local {first.base_class or 'model'}",
         base_source=known or "path/to/the/base/model",
         model_class=model_class,
-        loading="\n".join(loading) + ("" if repo_id else "  # this folder, or the name of its repository"),
+        loading="\n".join(loading) + ("" if on_hub else "  # this folder, or the name of its repository"),
         table=_table(adapters) + (f"\n\n{_rows([('metric', 'value'), *metrics.items()])}" if metrics else ""),
     )
 
