@@ -19,6 +19,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
+from .files import new_file
 from .storage import contents, is_state
 
 CARD_NAME = "README.md"
@@ -100,7 +101,8 @@ def update_model_card(
     _update_metadata(cast(ModelCardData, card.data), adapters[0].base, earlier or ModelCardData())
     place = f'"{repo_id or folder.resolve().name}"' + (f', revision="{revision}"' if revision else "")
     card.text = _place(_describe(adapters, place, repo_id is not None, metrics or {}), card.text)
-    card.save(file)
+    with new_file(file, overwrite=True) as temporary:
+        card.save(temporary)
 
 
 def update_card_of_peft(folder: Path) -> None:
