@@ -44,7 +44,7 @@ import peft_s0  # makes S0 known to PEFT
 from peft import PeftModel
 from transformers import {{model_class}}
 
-model = {{model_class}}.from_pretrained("{{base_source}}", dtype="auto")
+model = {{model_class}}.from_pretrained({{base_source}}, dtype="auto")
 {{loading}}
 ```
 
@@ -99,7 +99,7 @@ def update_model_card(
     file = folder / CARD_NAME
     card = ModelCard.load(file) if file.exists() else ModelCard("---\nlibrary_name: peft\n---\n")
     _update_metadata(cast(ModelCardData, card.data), adapters[0].base, earlier or ModelCardData())
-    place = f'"{repo_id or folder.resolve().name}"' + (f', revision="{revision}"' if revision else "")
+    place = _arguments(repo_id or folder.resolve().name, revision)
     card.text = _place(_describe(adapters, place, repo_id is not None, metrics or {}), card.text)
     with new_file(file, overwrite=True) as temporary:
         card.save(temporary)
@@ -223,6 +223,11 @@ def _update_metadata(data: ModelCardData, base: str | None, earlier: ModelCardDa
     data.tags = list(dict.fromkeys(tags))
 
 
+def _arguments(name: str, revision: str | None) -> str:
+    """What from_pretrained is called with for a name, and its revision if there is one."""
+    return f'"{name}"' + (f', revision="{revision}"' if revision else "")
+
+
 def _describe(adapters: list[_Adapter], place: str, on_hub: bool, metrics: Mapping[str, float | str]) -> str:
     """The section on S0; the first adapter's base model stands for all.
 
@@ -251,7 +256,7 @@ def _describe(adapters: list[_Adapter], place: str, on_hub: bool, metrics: Mappi
     return _SECTION.format(
         learnt=_LEARNT[variants.pop() if len(variants) == 1 else "both"],
         base=f"[{known}](https://huggingface.co/{known})" if known else f"a local {first.base_class or 'model'}",
-        base_source=known or "path/to/the/base/model",
+        base_source=_arguments(known, first.config.get("revision")) if known else '"path/to/the/base/model"',
         model_class=model_class,
         loading="\n".join(loading) + ("" if on_hub else "  # this folder, or the name of its repository"),
         table=_table(adapters) + (f"\n\n{_rows([('metric', 'value'), *metrics.items()])}" if metrics else ""),

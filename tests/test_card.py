@@ -113,6 +113,11 @@ def test_saving_again_changes_nothing_but_the_section(model: PeftModel, tmp_path
     assert 'from_pretrained(model, "me/my-task")\n' in card_of(tmp_path).text
 
 
+def test_the_base_models_revision(architecture: Architecture, tmp_path: Path) -> None:
+    get_peft_model(tuned(architecture).unload(), S0Config(), revision="v1").save_pretrained(tmp_path)
+    assert 'from_pretrained("org/base-1.5B", revision="v1", dtype="auto")\n' in card_of(tmp_path).text
+
+
 def test_metrics_where_they_are_known(model: PeftModel, tmp_path: Path) -> None:
     """They are those of the states that were saved, so a later save does not go on claiming them."""
     model.save_pretrained(tmp_path)
