@@ -19,6 +19,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
+from .files import new_file
 from .storage import contents, is_state
 
 CARD_NAME = "README.md"
@@ -43,7 +44,7 @@ import peft_s0  # makes S0 known to PEFT
 from peft import PeftModel
 from transformers import {{model_class}}
 
-model = {{model_class}}.from_pretrained("{{base_source}}", dtype="auto")
+model = {{model_class}}.from_pretrained({{base_source}}, dtype="auto")
 {{loading}}
 ```
 
@@ -69,6 +70,7 @@ def update_model_card(
     folder: str | Path,
     *,
     repo_id: str | None = None,
+    revision: str | None = None,
     metrics: Mapping[str, float | str] | None = None,
     earlier: ModelCardData | None = None,
 ) -> None:
@@ -80,6 +82,7 @@ def update_model_card(
     Args:
         folder: folder that `save_pretrained` wrote: an adapter, or adapters in folders of their own.
         repo_id: the repository that the card's example loads from. `None`: the folder.
+        revision: the branch that it loads from there. `None`: the repository's main one.
         metrics: what these states reach, such as `{"HumanEval pass@1": "72.2 %"}`. The next save leaves them out again,
             for its states may be others.
         earlier: metadata whose tags and base model are to be kept; saving with PEFT puts its own in their place.
@@ -96,8 +99,10 @@ def update_model_card(
     file = folder / CARD_NAME
     card = ModelCard.load(file) if file.exists() else ModelCard("---\nlibrary_name: peft\n---\n")
     _update_metadata(cast(ModelCardData, card.data), adapters[0].base, earlier or ModelCardData())
-    card.text = _place(_describe(adapters, folder.resolve().name, repo_id, metrics or {}), card.text)
-    card.save(file)
+    place = _arguments(repo_id or folder.resolve().name, revision)
+    card.text = _place(_describe(adapters, place, repo_id is not None, metrics or {}), card.text)
+    with new_file(file, overwrite=True) as temporary:
+        card.save(temporary)
 
 
 def update_card_of_peft(folder: Path) -> None:
@@ -218,8 +223,20 @@ def _update_metadata(data: ModelCardData, base: str | None, earlier: ModelCardDa
     data.tags = list(dict.fromkeys(tags))
 
 
-def _describe(adapters: list[_Adapter], folder: str, repo_id: str | None, metrics: Mapping[str, float | str]) -> str:
-    """The section on S0; the first adapter's base model stands for all."""
+def _arguments(name: str, revision: str | None) -> str:
+    """What from_pretrained is called with for a name, and its revision if there is one."""
+    return f'"{name}"' + (f', revision="{revision}"' if revision else "")
+
+
+def _describe(adapters: list[_Adapter], place: str, on_hub: bool, metrics: Mapping[str, float | str]) -> str:
+    """The section on S0; the first adapter's base model stands for all.
+
+    Args:
+        adapters: what it is about.
+        place: the arguments by which they are loaded.
+        on_hub: whether that is a repository.
+        metrics: what the states reach.
+    """
     first = adapters[0]
     known = _hub_id(first.base)
     model_class = first.base_class
@@ -227,7 +244,7 @@ def _describe(adapters: list[_Adapter], folder: str, repo_id: str | None, metric
         model_class = _AUTO_CLASSES.get(first.config.get("task_type") or "", "AutoModelForCausalLM")
     loading = []
     for adapter in adapters:
-        arguments = f'"{repo_id or folder}"'
+        arguments = place
         if adapter.folder != ".":
             arguments += f', adapter_name="{adapter.folder}", subfolder="{adapter.folder}"'
         loading.append(
@@ -239,9 +256,9 @@ def _describe(adapters: list[_Adapter], folder: str, repo_id: str | None, metric
     return _SECTION.format(
         learnt=_LEARNT[variants.pop() if len(variants) == 1 else "both"],
         base=f"[{known}](https://huggingface.co/{known})" if known else f"a local {first.base_class or 'model'}",
-        base_source=known or "path/to/the/base/model",
+        base_source=_arguments(known, first.config.get("revision")) if known else '"path/to/the/base/model"',
         model_class=model_class,
-        loading="\n".join(loading) + ("" if repo_id else "  # this folder, or the name of its repository"),
+        loading="\n".join(loading) + ("" if on_hub else "  # this folder, or the name of its repository"),
         table=_table(adapters) + (f"\n\n{_rows([('metric', 'value'), *metrics.items()])}" if metrics else ""),
     )
 

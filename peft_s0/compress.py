@@ -76,6 +76,6 @@ def compress_adapter(model: PeftModel, adapter_name: str, rank: int, new_name: s
         if config.learn_alpha:
             learnt, made = (layer.learnt_tensors(adapter)["s0_alpha"] for adapter in (adapter_name, new_name))
             made.load_state_dict(learnt.state_dict())
-        norm = float(torch.stack([*states[name].values()]).norm())
-        errors[name] = float(torch.stack(differences).norm()) / norm if norm > 0 else 0.0
+        norm = float(torch.stack([*states[name].values()]).double().norm())
+        errors[name] = float(torch.stack(differences).double().norm()) / norm if norm > 0 else 0.0
     return errors

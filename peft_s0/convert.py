@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import importlib
 import json
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 from warnings import warn
@@ -287,8 +287,11 @@ def export_rwkv(
         for index, layer in _rwkv_layers_of(model.get_base_model()).items():
             state = tuned[layer.name].effective_state("default") if layer.name in tuned else torch.zeros(layer.shape)
             states[_time_state(index)] = state.transpose(1, 2).to(dtype).contiguous()
+    # By way of memory: on a full disk, torch's own error tells of positions in a file.
+    content = BytesIO()
+    torch.save(states, content)
     with new_file(output, overwrite) as file:
-        torch.save(states, file)
+        file.write_bytes(content.getvalue())
 
 
 @dataclass(frozen=True)
@@ -436,7 +439,9 @@ def _read_rwkv(file: Path) -> dict[int, Tensor]:
         raise FileNotFoundError(f"There is no file '{file}'.")
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # of any kind, where it is no pickle file at all
         raise ValueError(
             f"'{file}' is no file of tensors that torch.load reads with weights_only=True: it is damaged, or holds "
             "objects that could run code."

@@ -8,8 +8,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 
 
 def find_file(source: str | Path, name: str, subfolder: str | None = None, **options: Any) -> Path | None:
@@ -22,7 +23,7 @@ def find_file(source: str | Path, name: str, subfolder: str | None = None, **opt
         options: `revision`, `token` and the like, for the Hub.
 
     Raises:
-        LocalEntryNotFoundError: if the Hub does not answer and the file is not in the cache.
+        LocalEntryNotFoundError: if the Hub does not answer and the cache does not know of the file.
     """
     folder = Path(source, subfolder or "")
     if folder.is_dir():
@@ -30,6 +31,11 @@ def find_file(source: str | Path, name: str, subfolder: str | None = None, **opt
     try:
         return Path(hf_hub_download(str(source), name, subfolder=subfolder, **options))
     except LocalEntryNotFoundError:
+        # The cache keeps also what was not on the Hub.
+        place = {key: options.get(key) for key in ("cache_dir", "revision", "repo_type")}
+        path = f"{subfolder}/{name}" if subfolder else name
+        if try_to_load_from_cache(str(source), path, **place) is _CACHED_NO_EXIST:
+            return None
         raise
     except EntryNotFoundError:
         return None
@@ -51,6 +57,9 @@ def check_place(place: str | Path, overwrite: bool, own: Collection[str] | None 
         return
     if (own is None) is place.is_dir():
         raise FileExistsError(f"'{place}' is a {'folder' if own is None else 'file'}; choose another name to write to.")
+    if own is not None and (place.samefile(".") or place.resolve().is_mount()):
+        # What is written takes the place of the folder itself.
+        raise FileExistsError(f"'{place}' is the working directory or a mount point; name a folder in it to write to.")
     if own is None or any(place.iterdir()):
         if not overwrite:
             raise FileExistsError(f"'{place}' exists already. Choose another name, or replace it with overwrite=True.")
@@ -73,6 +82,7 @@ def new_folder(folder: str | Path, overwrite: bool, own: Collection[str]) -> Ite
 
     Raises:
         FileExistsError: see `check_place`.
+        OSError: if it cannot be written, as on a full disk.
     """
     check_place(folder, overwrite, own)
     folder = Path(folder).resolve()
@@ -80,7 +90,8 @@ def new_folder(folder: str | Path, overwrite: bool, own: Collection[str]) -> Ite
     with TemporaryDirectory(dir=folder.parent, prefix=".writing-") as temporary:
         place = Path(temporary) / "new" / folder.name  # model cards say the folder's name
         place.mkdir(parents=True)
-        yield place
+        with _named(folder):
+            yield place
         if folder.exists():
             folder.rename(Path(temporary) / "replaced")
         place.rename(folder)
@@ -96,11 +107,22 @@ def new_file(file: str | Path, overwrite: bool) -> Iterator[Path]:
 
     Raises:
         FileExistsError: see `check_place`.
+        OSError: if it cannot be written, as on a full disk.
     """
     check_place(file, overwrite)
     file = Path(file).resolve()
     file.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=file.parent, prefix=".writing-") as temporary:
         place = Path(temporary) / file.name
-        yield place
+        with _named(file):
+            yield place
         place.replace(file)
+
+
+@contextmanager
+def _named(place: Path) -> Iterator[None]:
+    """Name what cannot be written, where errors of the system and of safetensors say only why."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"'{place}' cannot be written ({error}).") from error

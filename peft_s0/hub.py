@@ -61,7 +61,7 @@ def push_to_hub(
         else:
             earlier = ModelCard.load(card).data
         model.save_pretrained(folder)
-        update_model_card(folder, repo_id=repo_id, metrics=metrics, earlier=earlier)
+        update_model_card(folder, repo_id=repo_id, revision=revision, metrics=metrics, earlier=earlier)
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,

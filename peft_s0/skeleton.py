@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft import PeftModel, set_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from .config import find_states, load_config
@@ -15,19 +17,22 @@ from .fit import is_learnt
 from .storage import contents
 
 
-def without_weights(base_model: PreTrainedModel | str | Path, trust_remote_code: bool = False) -> PreTrainedModel:
+def without_weights(
+    base_model: PreTrainedModel | str | Path, trust_remote_code: bool = False, revision: str = "main"
+) -> PreTrainedModel:
     """A model's modules with all parameters on the meta device.
 
     Args:
         base_model: the model, which stays as it is, or its folder or Hub id, of which the config alone is read.
         trust_remote_code: whether code of the model's repository may be run.
+        revision: its branch, tag or commit on the Hub.
 
     Raises:
         TypeError: if it is neither a model of transformers nor a name.
         ValueError: if it already has adapters.
     """
     if isinstance(base_model, (str, Path)):
-        config = AutoConfig.from_pretrained(str(base_model), trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(str(base_model), trust_remote_code=trust_remote_code, revision=revision)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     if getattr(base_model, "peft_config", None):
@@ -66,13 +71,18 @@ def load_without_weights(
         ValueError: if it is no S0 adapter, does not fit the model, or does not name one.
     """
     config = load_config(adapter, **options)
+    revision = "main" if base_model else config.revision or "main"
     base_model = base_model or config.base_model_name_or_path
     if not base_model:
         raise ValueError(f"'{adapter}' does not say which base model it is for; name the base model.")
     config.inference_mode = True
     config.task_type = config.modules_to_save = config.trainable_token_indices = None
-    model = PeftModel(without_weights(base_model, trust_remote_code), config)
-    weights = load_peft_weights(str(adapter), device="cpu", **options)
+    model = PeftModel(without_weights(base_model, trust_remote_code, revision), config)
+    # PEFT's own function for this asks the Hub once more, and finds no subfolder in the cache.
+    file = find_states(str(adapter), **options)
+    if file is None:
+        raise ValueError(f"'{adapter}' has no {SAFETENSORS_WEIGHTS_NAME}; save the adapter with save_pretrained.")
+    weights = load_file(file)
     set_peft_model_state_dict(model, {name: weight for name, weight in weights.items() if is_learnt(name)})
     return model.eval()
 

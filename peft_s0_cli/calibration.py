@@ -46,13 +46,13 @@ def calibrate(
     """
     config = load_config(adapter, **options)
     examples = _load(data, split)
+    revision = "main" if base_model else config.revision or "main"
     base_model = base_model or config.base_model_name_or_path
     if not base_model:
         raise ValueError(f"'{adapter}' does not say which base model it is for; name the base model.")
-    base = AutoModelForCausalLM.from_pretrained(
-        base_model, dtype=dtype, device_map="auto", trust_remote_code=trust_remote_code
-    )
-    tokenizer = AutoTokenizer.from_pretrained(base_model, trust_remote_code=trust_remote_code)
+    how: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
+    base = AutoModelForCausalLM.from_pretrained(base_model, dtype=dtype, device_map="auto", **how)
+    tokenizer = AutoTokenizer.from_pretrained(base_model, **how)
     try:
         model = PeftModel.from_pretrained(base, adapter, **options)
     except RuntimeError as error:

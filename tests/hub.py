@@ -248,7 +248,10 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refused(404, "RevisionNotFound")
         content = repository.commits[oid].get(path)
         if content is None:
-            raise _Refused(404, "EntryNotFound")
+            # With the commit, by which the client's cache remembers what is not there.
+            code = "EntryNotFound"
+            self.answer(b"", 404, X_Error_Code=code, X_Error_Message=code, X_Repo_Commit=oid)
+            return
         self.answer(content, ETag=f'"{_etag(path, content)}"', X_Repo_Commit=oid)
 
 

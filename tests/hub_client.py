@@ -163,9 +163,9 @@ def refusal(row: str, repo_id: str, how: str = "load", **options: Any) -> tuple[
     raise AssertionError(f"{repo_id} was loaded")
 
 
-def follow_the_card(repo_id: str) -> np.ndarray:
+def follow_the_card(repo_id: str, revision: str = "main") -> np.ndarray:
     """Run the example in a repository's model card as it stands there; logits of the model it ends with."""
-    card = Path(hf_hub_download(repo_id, "README.md")).read_text()
+    card = Path(hf_hub_download(repo_id, "README.md", revision=revision)).read_text()
     (example,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     names: dict[str, Any] = {}
     exec(example, names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,11 @@ def test_saving_again_changes_nothing_but_the_section(model: PeftModel, tmp_path
     assert 'from_pretrained(model, "me/my-task")\n' in card_of(tmp_path).text
 
 
+def test_the_base_models_revision(architecture: Architecture, tmp_path: Path) -> None:
+    get_peft_model(tuned(architecture).unload(), S0Config(), revision="v1").save_pretrained(tmp_path)
+    assert 'from_pretrained("org/base-1.5B", revision="v1", dtype="auto")\n' in card_of(tmp_path).text
+
+
 def test_metrics_where_they_are_known(model: PeftModel, tmp_path: Path) -> None:
     """They are those of the states that were saved, so a later save does not go on claiming them."""
     model.save_pretrained(tmp_path)
@@ -139,6 +145,22 @@ def test_a_card_that_was_there_before(model: PeftModel, tmp_path: Path) -> None:
     assert card.text.startswith(f"\n{START}")
     assert f"{END}\n\n# Mine\n\nWords.\n" in card.text
     assert card.data["language"] == "en"
+
+
+def test_a_card_is_there_whole(model: PeftModel, tmp_path: Path) -> None:
+    """Also where the disk is full: what a user wrote is not lost."""
+    model.save_pretrained(tmp_path)
+    card, limits = tmp_path / "README.md", resource.getrlimit(resource.RLIMIT_FSIZE)
+    card.write_text(card.read_text() + "\nMine.\n")
+    before = card.read_text()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            update_model_card(tmp_path, metrics={"pass@1": 0.5})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert card.read_text() == before
+    assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize("base", ["/home/me/models/base", "C:\\models\\base", "../base", "here", ""])

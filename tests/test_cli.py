@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import socket
 import subprocess
@@ -25,7 +26,7 @@ from architectures import MAIN, Architecture
 from hub import Hub, Repository
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_convert import contents, save
+from test_convert import change_json, contents, save
 from transformers import AutoModelForCausalLM
 from tuned import tune
 from typer.testing import CliRunner, Result
@@ -393,6 +394,28 @@ def test_soup(architecture: Architecture, tmp_path: Path) -> None:
     call("soup", first, second, "-o", out, "--overwrite")
     for name, state in states_of(out).items():
         torch.testing.assert_close(state, (a[name] + b[name]) / 2, atol=1e-6, rtol=1e-6)
+
+
+@pytest.fixture
+def nearly_full() -> Iterator[None]:
+    """No file can become larger than 3000 bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_is_full(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """It is said in a line what could not be written, and nothing is left of it."""
+    QWEN.build().save_pretrained(tmp_path / "base")
+    save_adapter(tmp_path / "adapter", QWEN, tmp_path / "base")
+    out, before = tmp_path / "out", sorted(tmp_path.iterdir())
+    request.getfixturevalue("nearly_full")
+    for command in (["soup", tmp_path / "adapter"], ["export", tmp_path / "adapter"]):
+        line = failure(*command, "-o", out)
+        assert f"'{out}' cannot be written" in line
+        assert "File too large" in line
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_import_and_export(architecture: Architecture, base: Path, tmp_path: Path) -> None:
@@ -814,7 +837,7 @@ def test_train_hands_on_its_options(start: Any, capsys: pytest.CaptureFixture[st
 
 
 def test_adapters_on_the_hub(tmp_path: Path) -> None:
-    """In a process that is not offline."""
+    """In processes that are not offline, and in one that has the cache alone."""
     QWEN.build().save_pretrained(tmp_path / "base")
     save(tmp_path / "theirs", QWEN)
     save_adapter(tmp_path / "low", QWEN, rank=2)
@@ -838,22 +861,39 @@ for line in sys.stdin.read().splitlines():
         "inspect me/none",
         "inspect me/low --revision v9",
     ]
+    # Its base model has another architecture now, and the adapter names the revision that it is for.
+    shutil.copytree(tmp_path / "low", tmp_path / "early")
+    change_json(tmp_path / "early" / "adapter_config.json", base_model_name_or_path="me/changed", revision="v1")
+    FALCON.build().save_pretrained(tmp_path / "changed")
+    lines.append("inspect early")
+    # One file of the second folder is not on the Hub, which the cache knows then.
+    cached = ["inspect me/low --subfolder below -b me/base", "import them/states --subfolder bare -b me/base -o bare"]
     with Hub() as hub:
-        for name, folder in (("them/states", "theirs"), ("me/base", "base"), ("me/low", "low")):
+        repositories = {"them/states": "theirs", "me/base": "base", "me/low": "low", "me/changed": "changed"}
+        for name, folder in repositories.items():
             hub.repositories[name] = Repository()
             hub.repositories[name].commit(contents(tmp_path / folder))
-        environment = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-        run = subprocess.run(
-            [sys.executable, "-c", script],
-            input="\n".join(lines),
-            cwd=tmp_path,
-            env={**os.environ, **environment, "HF_HOME": str(tmp_path / "home")},
-            capture_output=True,
-            text=True,
-        )
-        assert run.returncode == 0, run.stderr
+        hub.repositories["me/changed"].commit(contents(tmp_path / "base"), "v1")
+        for name, folder, below in (("them/states", "theirs", "bare"), ("me/low", "low", "below")):
+            files = {f"{below}/{file}": content for file, content in contents(tmp_path / folder).items()}
+            hub.repositories[name].commit({file: files[file] for file in files if file != "bare/meta.json"})
+
+        def run(offline: str, lines: list[str]) -> list[str]:
+            environment = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": offline, "HF_HUB_DISABLE_XET": "1"}
+            run = subprocess.run(
+                [sys.executable, "-c", script],
+                input="\n".join(lines),
+                cwd=tmp_path,
+                env={**os.environ, **environment, "HF_HOME": str(tmp_path / "home")},
+                capture_output=True,
+                text=True,
+            )
+            assert run.returncode == 0, run.stderr
+            return run.stdout.splitlines()
+
+        answers = run("0", [*lines, *cached])
         assert not any(request.endswith("/model.safetensors") for request in hub.requests)
-    answers = run.stdout.splitlines()
+        assert run("1", [cached[0], f"{cached[1]} --overwrite"]) == answers[len(lines) :]
     assert answers[0] == "0 adapter"
     assert answers[1] == "0 again"
     assert contents(tmp_path / "again") == contents(tmp_path / "theirs")
@@ -863,3 +903,6 @@ for line in sys.stdin.read().splitlines():
     assert answers[4] == "0 The same, in all of 3 layers."
     assert answers[5].startswith("1 peft-s0: error: Can't find 'adapter_config.json' at 'me/none'")
     assert answers[6].startswith("1 peft-s0: error: ")
+    assert answers[7] == answers[3]
+    assert answers[8] == answers[3]
+    assert answers[9] == "0 bare"

@@ -237,6 +237,16 @@ def test_the_card_of_several_adapters_is_enough(author: Process, reader: Process
     assert np.array_equal(reader(hub_client.follow_the_card, "me/card-of-several"), expected)
 
 
+def test_the_card_on_a_branch_is_enough(hub: Hub, author: Process, reader: Process) -> None:
+    """It loads from there, and not what is on the main one."""
+    for adapter_name in ("default", "task"):
+        options, repo_id = {"base": "me/qwen3_5", "adapter_name": adapter_name}, f"me/card-on-a-branch-{adapter_name}"
+        main = author(hub_client.push, "qwen3_5", repo_id, 7, "s0", tuned=options)
+        branch = author(hub_client.push, "qwen3_5", repo_id, 8, "s0", tuned=options, revision="next")
+        for revision, expected in (("main", main), ("next", branch)):
+            assert np.array_equal(reader(hub_client.follow_the_card, repo_id, revision), expected)
+
+
 def test_what_a_user_wrote_into_the_card_stays(hub: Hub, author: Process) -> None:
     repo_id = "me/edited"
     options: dict[str, Any] = {"base": "me/qwen3_5"}

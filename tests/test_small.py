@@ -512,6 +512,15 @@ def test_a_state_of_zero_has_no_error(architecture: Architecture) -> None:
     assert torch.equal(tuned.model(IDS).logits, tuned.base(IDS).logits)
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_errors_of_states_whose_squares_float32_does_not_hold(tuned: Tuned, size: float) -> None:
+    (expected, *_) = compress_adapter(tuned.model, "default", 1, "small").values()
+    for layer in tuned.model.base_model.tuner_layers():
+        layer.s0_state["default"].weight.mul_(size)
+    (found, *_) = compress_adapter(tuned.model, "default", 1, "again").values()
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
 def test_what_cannot_be_compressed(tuned: Tuned) -> None:
     model = tuned.model
     model.add_adapter("head", S0Config(modules_to_save=["lm_head"]))

@@ -161,6 +161,18 @@ def test_an_interrupted_save_leaves_the_old_files(
     assert {path.name: path.read_bytes() for path in mine.iterdir()} == before
 
 
+def test_a_folder_that_must_stay_where_it_is(
+    folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell in it would go on in one that is gone; a mount point cannot be moved."""
+    monkeypatch.chdir(tmp_path)
+    for place in (".", tmp_path, "/dev"):
+        with pytest.raises(FileExistsError, match=r"is the working directory or a mount point; name a folder in it"):
+            soup(folders, None, place)
+    assert not list(tmp_path.iterdir())
+    assert load_config(soup(folders, None, "below")).alpha == 0.6
+
+
 OTHERS = [
     ({"alpha": 0.5}, "has alpha=0.6, but '.*other' has alpha=0.5. Load the adapters on one model"),
     ({"alpha_pattern": {"layers.0.linear_attn": 0.5}}, "alpha_pattern={}, but '.*other' has alpha_pattern={'layers.0"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,18 @@ def test_an_adapter_made_here(case: Case, tmp_path: Path) -> None:
     export_rwkv(tmp_path / "adapter", tmp_path / "state.pth", case.build(), overwrite=True)
     assert_same(contents(tmp_path / "state.pth"), states)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "again", "state.pth"]
+
+
+def test_a_disk_that_is_full(case: Case, tmp_path: Path) -> None:
+    get_peft_model(case.build(), S0Config()).save_pretrained(tmp_path / "adapter")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"state\.pth' cannot be written .*File too large"):
+            export_rwkv(tmp_path / "adapter", tmp_path / "state.pth", case.build())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
 def test_what_does_not_fit(case: Case, tmp_path: Path) -> None:
