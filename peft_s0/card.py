@@ -11,7 +11,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, cast
 
@@ -88,8 +88,10 @@ def update_model_card(
         earlier: metadata whose tags and base model are to be kept; saving with PEFT puts its own in their place.
 
     Raises:
+        TypeError: if the metrics are no names with texts or numbers.
         ValueError: if there is no S0 adapter in the folder that can be read; further ones are passed over then.
     """
+    check_metrics(metrics or {})
     folder = Path(folder)
     adapters = _find_adapters(folder)
     if not adapters:
@@ -103,6 +105,20 @@ def update_model_card(
     card.text = _place(_describe(adapters, place, repo_id is not None, metrics or {}), card.text)
     with new_file(file, overwrite=True) as temporary:
         card.save(temporary)
+
+
+def check_metrics(metrics: Any) -> None:
+    """Refuse what a card cannot show as metrics.
+
+    Raises:
+        TypeError: naming what was found.
+    """
+    expected = "metrics must be a dict of names to texts or numbers, such as {'pass@1': 0.72}; found "
+    if not isinstance(metrics, Mapping):
+        raise TypeError(f"{expected}{type(metrics).__name__}.")
+    for name, value in metrics.items():
+        if not isinstance(value, (str, Real)):
+            raise TypeError(f"{expected}{type(value).__name__} for {name!r}.")
 
 
 def update_card_of_peft(folder: Path) -> None:

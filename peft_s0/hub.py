@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 
-from .card import CARD_NAME, update_model_card
+from .card import CARD_NAME, check_metrics, update_model_card
 
 
 def push_to_hub(
@@ -44,8 +44,10 @@ def push_to_hub(
         The commit.
 
     Raises:
+        TypeError: if the metrics are no names with texts or numbers.
         ValueError: if the model has no S0 adapter.
     """
+    check_metrics(metrics or {})
     if not any(config.peft_type == "S0" for config in getattr(model, "peft_config", {}).values()):
         raise ValueError(f"This {type(model).__name__} has no S0 adapter to push; make one with get_peft_model.")
     api = HfApi(token=token)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import resource
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -136,6 +137,15 @@ def test_metrics_stay_in_their_cells_and_counts_are_exact(model: PeftModel, tmp_
     )
     expected = "\n| p(a\\|b) | high \\| low |\n| two lines | a b |\n| tokens | 1234567 |\n| solved | 7654321 |\n"
     assert expected in card_of(tmp_path).text
+
+
+@pytest.mark.parametrize("metrics", [["pass@1"], {"pass@1": [0.7, 0.8]}, {"pass@1": 1j}])
+def test_metrics_of_other_types(model: PeftModel, tmp_path: Path, metrics: Any) -> None:
+    model.save_pretrained(tmp_path)
+    before = card_of(tmp_path).text
+    with pytest.raises(TypeError, match=r"metrics must be a dict of names to texts or numbers, .* found "):
+        update_model_card(tmp_path, metrics=metrics)
+    assert card_of(tmp_path).text == before
 
 
 def test_a_card_that_was_there_before(model: PeftModel, tmp_path: Path) -> None:

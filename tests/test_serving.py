@@ -788,6 +788,14 @@ def test_errors_have_the_form_of_openai(http: Site) -> None:
         assert answer["error"]["type"] == "invalid_request_error"
     status, answer = http.send("/v1/completions", {**good, "user": "u" * 2_000_000})
     assert (status, answer["error"]["code"]) == (413, "too_large")
+    for path, code, message in [
+        ("/v1/embeddings", 404, "POST /v1/embeddings: Not Found"),
+        ("/v1/models", 405, "POST /v1/models: Method Not Allowed"),
+    ]:
+        status, answer = http.send(path, good)
+        assert (status, answer["error"]["code"], answer["error"]["message"]) == (code, "unknown_url", message)
+    with pytest.raises(openai.NotFoundError, match="Not Found"):
+        http.client.embeddings.create(model="first", input="def")
     assert http.send("/v1/completions", {**good, "n": 1, "user": "me"})[0] == 200
 
 

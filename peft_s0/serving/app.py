@@ -21,6 +21,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from jinja2 import TemplateError
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
 from starlette.requests import Request as HTTPRequest
 
 from ..bank import UnknownTaskError
@@ -126,7 +127,7 @@ def create_app(engine: Engine, name: str, max_body: int = 1 << 20) -> FastAPI:
     app.get("/v1/models/{model:path}")(service.model)
     app.post("/v1/completions")(service.complete)
     app.post("/v1/chat/completions")(service.chat)
-    for kind in (ValueError, BusyError, ClosedError, RequestValidationError, _GoneError, _FailedError):
+    for kind in (ValueError, BusyError, ClosedError, RequestValidationError, HTTPException, _GoneError, _FailedError):
         app.add_exception_handler(kind, _answer_error)
     return app
 
@@ -354,6 +355,9 @@ def _describe_error(error: Exception) -> tuple[int, dict[str, Any]]:
         message = f"{parameter or 'body'}: {first['msg']}"
     elif isinstance(error, ValueError):
         status, kind, code = 400, "invalid_request_error", "invalid_value"
+    elif isinstance(error, HTTPException):
+        # No such path, or another method.
+        status, kind, code = error.status_code, "invalid_request_error", "unknown_url"
     elif isinstance(error, _GoneError):
         status = 499  # nobody reads it
     else:
@@ -364,6 +368,9 @@ def _describe_error(error: Exception) -> tuple[int, dict[str, Any]]:
 
 async def _answer_error(http: HTTPRequest, error: Exception) -> JSONResponse:
     status, body = _describe_error(error)
+    if isinstance(error, HTTPException):
+        body["error"]["message"] = f"{http.method} {http.url.path}: {error.detail}"
+        return JSONResponse(body, status, headers=error.headers)
     return JSONResponse(body, status, headers={"Retry-After": "1"} if status == 503 else None)
 
 
