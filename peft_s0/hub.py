@@ -37,7 +37,7 @@ def push_to_hub(
         commit_message: message of the commit.
         private: whether a new repository is private. `None`: the default of its owner.
         token: token for the Hub. `None`: the stored one.
-        revision: branch to push to; it is made if it does not exist.
+        revision: branch to push to; it is made if it does not exist. Or that of a pull request, such as "refs/pr/1".
         create_pr: open a pull request instead.
 
     Returns:
@@ -50,8 +50,10 @@ def push_to_hub(
         raise ValueError(f"This {type(model).__name__} has no S0 adapter to push; make one with get_peft_model.")
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    # A pull request is there already, and what it says is for the branch that it will be merged into.
+    branch = None if revision is None or revision.startswith("refs/") else revision
+    if branch is not None:
+        api.create_branch(repo_id, branch=branch, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         card = Path(folder, CARD_NAME)
         try:
@@ -61,7 +63,7 @@ def push_to_hub(
         else:
             earlier = ModelCard.load(card).data
         model.save_pretrained(folder)
-        update_model_card(folder, repo_id=repo_id, revision=revision, metrics=metrics, earlier=earlier)
+        update_model_card(folder, repo_id=repo_id, revision=branch, metrics=metrics, earlier=earlier)
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,

@@ -223,6 +223,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def branch(self, name: str, branch: str) -> Any:
         repository = self.repository(name, write=True)
+        if branch.startswith("refs/"):
+            raise _Refused(400, "Invalid reference for a branch")
         if branch in repository.refs:
             raise _Refused(409, "Reference already exists")
         repository.refs[branch] = repository.refs["main"]

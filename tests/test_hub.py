@@ -115,6 +115,10 @@ def test_revisions(hub: Hub, author: Process, reader: Process, row: str) -> None
     for revision, expected in {"v1": first, commit: first, "main": second, "next": third, "refs/pr/1": fourth}.items():
         assert np.array_equal(reader(hub_client.load, row, repo_id, revision=revision), expected)
         assert np.array_equal(reader(hub_client.load_with_transformers, row, repo_id, revision=revision), expected)
+    fifth = author(hub_client.push, row, repo_id, 5, "s0", revision="refs/pr/1")
+    assert not np.array_equal(fifth, fourth)
+    assert np.array_equal(reader(hub_client.load, row, repo_id, revision="refs/pr/1"), fifth)
+    assert f'from_pretrained(model, "{repo_id}")' in card_of(hub, repo_id, "refs/pr/1").text
     _, text, untouched, _ = reader(hub_client.refusal, row, repo_id, revision="v9")
     assert untouched
     assert "RevisionNotFoundError" in text
