@@ -45,6 +45,7 @@ def push_to_hub(
 
     Raises:
         ValueError: if the model has no S0 adapter.
+        OSError: if the repository's card cannot be read; nothing is pushed then.
     """
     if not any(config.peft_type == "S0" for config in getattr(model, "peft_config", {}).values()):
         raise ValueError(f"This {type(model).__name__} has no S0 adapter to push; make one with get_peft_model.")
@@ -57,9 +58,15 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as folder:
         card = Path(folder, CARD_NAME)
         try:
-            shutil.copyfile(api.hf_hub_download(repo_id, CARD_NAME, revision=revision), card)
+            # Not from the cache, which gives an older one where the Hub does not answer.
+            shutil.copyfile(api.hf_hub_download(repo_id, CARD_NAME, revision=revision, force_download=True), card)
         except EntryNotFoundError:
             earlier = None
+        except ValueError as error:
+            raise OSError(
+                f"The model card of '{repo_id}' cannot be read ({error.__cause__}), so what is in it would be lost. "
+                "Nothing was pushed; try again."
+            ) from error
         else:
             earlier = ModelCard.load(card).data
         model.save_pretrained(folder)

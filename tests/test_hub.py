@@ -272,6 +272,22 @@ def test_what_a_user_wrote_into_the_card_stays(hub: Hub, author: Process) -> Non
     assert card_of(hub, repo_id).text == now.text
 
 
+def test_a_card_that_cannot_be_read_stays(hub: Hub, author: Process) -> None:
+    """What a user wrote into it would be lost; also if the cache has what it was before."""
+    for times in (1, 0):
+        repo_id = f"me/withheld-{times}"
+        for _ in range(times + 1):
+            author(hub_client.push, "qwen3_5", repo_id, 1, "s0")
+        hub.repositories[repo_id].commit({CARD: b"---\nlicense: mit\n---\n\n# Mine\n"})
+        hub.withheld = CARD
+        try:
+            with pytest.raises(OSError, match=rf"(?s)card of '{repo_id}' cannot be read .*403.* Nothing was pushed"):
+                author(hub_client.push, "qwen3_5", repo_id, 2, "s0")
+        finally:
+            hub.withheld = None
+        assert card_of(hub, repo_id).text == "\n# Mine\n"
+
+
 def test_a_local_base_model_is_no_name_on_the_hub(hub: Hub, author: Process, tmp_path: Path) -> None:
     """The Hub refuses a card whose base model is a path, and a path is nobody's business."""
     author(hub_client.save_base, "qwen3_5", tmp_path / "base")
