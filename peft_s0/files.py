@@ -25,9 +25,9 @@ def find_file(source: str | Path, name: str, subfolder: str | None = None, **opt
     Raises:
         LocalEntryNotFoundError: if the Hub does not answer and the cache does not know of the file.
     """
-    folder = Path(source, subfolder or "")
-    if folder.is_dir():
-        return folder / name if (folder / name).is_file() else None
+    if Path(source).is_dir():
+        file = Path(source, subfolder or "", name)
+        return file if file.is_file() else None
     try:
         return Path(hf_hub_download(str(source), name, subfolder=subfolder, **options))
     except LocalEntryNotFoundError:

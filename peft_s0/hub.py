@@ -37,7 +37,7 @@ def push_to_hub(
         commit_message: message of the commit.
         private: whether a new repository is private. `None`: the default of its owner.
         token: token for the Hub. `None`: the stored one.
-        revision: branch to push to; it is made if it does not exist.
+        revision: branch to push to; it is made if it does not exist. Or that of a pull request, such as "refs/pr/1".
         create_pr: open a pull request instead.
 
     Returns:
@@ -46,24 +46,33 @@ def push_to_hub(
     Raises:
         TypeError: if the metrics are no names with texts or numbers.
         ValueError: if the model has no S0 adapter.
+        OSError: if the repository's card cannot be read; nothing is pushed then.
     """
     check_metrics(metrics or {})
     if not any(config.peft_type == "S0" for config in getattr(model, "peft_config", {}).values()):
         raise ValueError(f"This {type(model).__name__} has no S0 adapter to push; make one with get_peft_model.")
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    # A pull request is there already, and what it says is for the branch that it will be merged into.
+    branch = None if revision is None or revision.startswith("refs/") else revision
+    if branch is not None:
+        api.create_branch(repo_id, branch=branch, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         card = Path(folder, CARD_NAME)
         try:
-            shutil.copyfile(api.hf_hub_download(repo_id, CARD_NAME, revision=revision), card)
+            # Not from the cache, which gives an older one where the Hub does not answer.
+            shutil.copyfile(api.hf_hub_download(repo_id, CARD_NAME, revision=revision, force_download=True), card)
         except EntryNotFoundError:
             earlier = None
+        except ValueError as error:
+            raise OSError(
+                f"The model card of '{repo_id}' cannot be read ({error.__cause__}), so what is in it would be lost. "
+                "Nothing was pushed; try again."
+            ) from error
         else:
             earlier = ModelCard.load(card).data
         model.save_pretrained(folder)
-        update_model_card(folder, repo_id=repo_id, revision=revision, metrics=metrics, earlier=earlier)
+        update_model_card(folder, repo_id=repo_id, revision=branch, metrics=metrics, earlier=earlier)
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,

@@ -65,6 +65,7 @@ class Hub:
         repositories: by name, to be looked at and changed by tests.
         requests: method and path of each request so far.
         break_off: a file whose download ends half-way.
+        withheld: a file that nobody may read.
     """
 
     def __init__(self) -> None:
@@ -72,6 +73,7 @@ class Hub:
         self.large: dict[str, bytes] = {}
         self.requests: list[str] = []
         self.break_off: str | None = None
+        self.withheld: str | None = None
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self._server.hub = self  # type: ignore[attr-defined]
         self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -223,6 +225,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def branch(self, name: str, branch: str) -> Any:
         repository = self.repository(name, write=True)
+        if branch.startswith("refs/"):
+            raise _Refused(400, "Invalid reference for a branch")
         if branch in repository.refs:
             raise _Refused(409, "Reference already exists")
         repository.refs[branch] = repository.refs["main"]
@@ -246,6 +250,8 @@ class _Handler(BaseHTTPRequestHandler):
         oid = repository.resolve(revision)
         if oid is None:
             raise _Refused(404, "RevisionNotFound")
+        if path == self.hub.withheld:
+            raise _Refused(403, "Forbidden")
         content = repository.commits[oid].get(path)
         if content is None:
             # With the commit, by which the client's cache remembers what is not there.

@@ -354,6 +354,12 @@ def test_what_is_refused(architecture: Architecture, base: Path, theirs: Path, t
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_subfolder_that_is_not_there(theirs: Path, base: Path, tmp_path: Path) -> None:
+    """A folder's own is not looked for on the Hub."""
+    with pytest.raises(ValueError, match=r"theirs' has no states\.safetensors, which the s0-tuning"):
+        import_s0_tuning(theirs, tmp_path / "adapter", base, subfolder="nowhere")
+
+
 def test_states_of_another_model(theirs: Path, architecture: Architecture, tmp_path: Path) -> None:
     other = next(ROWS[name] for name in NAMES if name != architecture.name).build()
     with pytest.raises(ValueError, match=r"has states of the architecture '.*', but .* is '.*'. Name the base model"):

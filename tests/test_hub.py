@@ -115,6 +115,10 @@ def test_revisions(hub: Hub, author: Process, reader: Process, row: str) -> None
     for revision, expected in {"v1": first, commit: first, "main": second, "next": third, "refs/pr/1": fourth}.items():
         assert np.array_equal(reader(hub_client.load, row, repo_id, revision=revision), expected)
         assert np.array_equal(reader(hub_client.load_with_transformers, row, repo_id, revision=revision), expected)
+    fifth = author(hub_client.push, row, repo_id, 5, "s0", revision="refs/pr/1")
+    assert not np.array_equal(fifth, fourth)
+    assert np.array_equal(reader(hub_client.load, row, repo_id, revision="refs/pr/1"), fifth)
+    assert f'from_pretrained(model, "{repo_id}")' in card_of(hub, repo_id, "refs/pr/1").text
     _, text, untouched, _ = reader(hub_client.refusal, row, repo_id, revision="v9")
     assert untouched
     assert "RevisionNotFoundError" in text
@@ -266,6 +270,22 @@ def test_what_a_user_wrote_into_the_card_stays(hub: Hub, author: Process) -> Non
     # PEFT's own push takes the card as it is.
     author(hub_client.push, "qwen3_5", repo_id, 3)
     assert card_of(hub, repo_id).text == now.text
+
+
+def test_a_card_that_cannot_be_read_stays(hub: Hub, author: Process) -> None:
+    """What a user wrote into it would be lost; also if the cache has what it was before."""
+    for times in (1, 0):
+        repo_id = f"me/withheld-{times}"
+        for _ in range(times + 1):
+            author(hub_client.push, "qwen3_5", repo_id, 1, "s0")
+        hub.repositories[repo_id].commit({CARD: b"---\nlicense: mit\n---\n\n# Mine\n"})
+        hub.withheld = CARD
+        try:
+            with pytest.raises(OSError, match=rf"(?s)card of '{repo_id}' cannot be read .*403.* Nothing was pushed"):
+                author(hub_client.push, "qwen3_5", repo_id, 2, "s0")
+        finally:
+            hub.withheld = None
+        assert card_of(hub, repo_id).text == "\n# Mine\n"
 
 
 def test_a_local_base_model_is_no_name_on_the_hub(hub: Hub, author: Process, tmp_path: Path) -> None:

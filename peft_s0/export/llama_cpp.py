@@ -672,7 +672,9 @@ class _Engine:
     def save(self, file: Path, tokens: list[int]) -> None:
         """Write the sequence and its tokens to a file."""
         held = (self.library.llama_token * len(tokens))(*tokens)
-        if not self.library.llama_state_seq_save_file(self.context, str(file).encode(), 0, held, len(tokens)):
+        written = self.library.llama_state_seq_save_file(self.context, str(file).encode(), 0, held, len(tokens))
+        # It does not look whether the system took the last bytes, too.
+        if not written or file.stat().st_size != written:
             raise RuntimeError(f"llama.cpp cannot write '{file}' ({self.said()}).")
 
     def load(self, file: Path, tokens: list[int]) -> None:

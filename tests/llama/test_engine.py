@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import resource
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -311,3 +312,19 @@ def test_models_that_llama_cpp_does_not_load(make_case: MakeCase, tmp_path: Path
 
 def test_all_architectures_are_run() -> None:
     assert set(ROWS) == set(NAMES)
+
+
+def test_a_disk_that_is_full(make_case: MakeCase, tmp_path: Path) -> None:
+    """Also where the last bytes alone have no place, which llama.cpp does not notice."""
+    case, slot = make_case("mamba2"), tmp_path / "slot"
+    write_slot(case.tuned.model, case.gguf, slot, [5])
+    before, limits = slot.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (100, len(before) - 1):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            with pytest.raises(RuntimeError, match=r"llama\.cpp cannot write '.*slot'"):
+                write_slot(case.tuned.model, case.gguf, slot, [5], overwrite=True)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert slot.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [slot]

@@ -210,7 +210,7 @@ def test_other_shapes(ggufs: dict[str, Path], tmp_path: Path) -> None:
         return made
 
     tuned = tune(dataclasses.replace(ROWS["mamba2"], config=config))
-    message = r"state of layer 0 of .* has shape \[8, 16, 16\], expected \[4, 32, 16\] for '.*mamba2.gguf'"
+    message = r"state of layer 0 of .* has shape \[8, 16, 16\], expected \[4, 16, 16\] for '.*mamba2.gguf'"
     refuses(message, tuned.model, ggufs["mamba2"], tmp_path)
     refuses(message, saved(tuned.model, tmp_path / "adapter"), ggufs["mamba2"], tmp_path, base_model=tuned.base)
 
