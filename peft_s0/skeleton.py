@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -49,6 +49,21 @@ def without_weights(
         return type(base_model)(copy.deepcopy(base_model.config))
 
 
+def base_of(adapter: str | Path, config: PeftConfig) -> tuple[str, str]:
+    """The base model that an adapter names, and the branch, tag or commit of it on the Hub.
+
+    Args:
+        adapter: folder or Hub id, for the error.
+        config: the adapter's.
+
+    Raises:
+        ValueError: if it names none.
+    """
+    if not config.base_model_name_or_path:
+        raise ValueError(f"'{adapter}' does not say which base model it is for; name the base model.")
+    return config.base_model_name_or_path, config.revision or "main"
+
+
 def load_without_weights(
     adapter: str | Path,
     base_model: PreTrainedModel | str | Path | None = None,
@@ -71,10 +86,7 @@ def load_without_weights(
         ValueError: if it is no S0 adapter, does not fit the model, or does not name one.
     """
     config = load_config(adapter, **options)
-    revision = "main" if base_model else config.revision or "main"
-    base_model = base_model or config.base_model_name_or_path
-    if not base_model:
-        raise ValueError(f"'{adapter}' does not say which base model it is for; name the base model.")
+    base_model, revision = (base_model, "main") if base_model else base_of(adapter, config)
     config.inference_mode = True
     config.task_type = config.modules_to_save = config.trainable_token_indices = None
     model = PeftModel(without_weights(base_model, trust_remote_code, revision), config)

@@ -17,6 +17,7 @@ from peft_s0.calibrate import Calibration, calibrate_alpha
 from peft_s0.config import load_config
 from peft_s0.convert import ADAPTER_FILES
 from peft_s0.files import new_folder
+from peft_s0.skeleton import base_of
 
 # The fields of a row that TRL makes tokens of, any of these; the last are its tokens.
 _FIELDS = ({"prompt", "completion"}, {"messages"}, {"conversations"}, {"text"}, {"input_ids"})
@@ -46,10 +47,7 @@ def calibrate(
     """
     config = load_config(adapter, **options)
     examples = _load(data, split)
-    revision = "main" if base_model else config.revision or "main"
-    base_model = base_model or config.base_model_name_or_path
-    if not base_model:
-        raise ValueError(f"'{adapter}' does not say which base model it is for; name the base model.")
+    base_model, revision = (base_model, "main") if base_model else base_of(adapter, config)
     how: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
     base = AutoModelForCausalLM.from_pretrained(base_model, dtype=dtype, device_map="auto", **how)
     tokenizer = AutoTokenizer.from_pretrained(base_model, **how)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import resource
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 from architectures import Architecture
 from datasets import Dataset
+from full_disk import full_disk
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -160,15 +160,11 @@ def test_a_card_that_was_there_before(model: PeftModel, tmp_path: Path) -> None:
 def test_a_card_is_there_whole(model: PeftModel, tmp_path: Path) -> None:
     """Also where the disk is full: what a user wrote is not lost."""
     model.save_pretrained(tmp_path)
-    card, limits = tmp_path / "README.md", resource.getrlimit(resource.RLIMIT_FSIZE)
+    card = tmp_path / "README.md"
     card.write_text(card.read_text() + "\nMine.\n")
     before = card.read_text()
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            update_model_card(tmp_path, metrics={"pass@1": 0.5})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with full_disk(100), pytest.raises(OSError, match="File too large"):
+        update_model_card(tmp_path, metrics={"pass@1": 0.5})
     assert card.read_text() == before
     assert not list(tmp_path.glob(".*"))
 

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import resource
 import shutil
 import socket
 import subprocess
@@ -23,6 +22,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import MAIN, Architecture
+from full_disk import full_disk
 from hub import Hub, Repository
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -396,23 +396,14 @@ def test_soup(architecture: Architecture, tmp_path: Path) -> None:
         torch.testing.assert_close(state, (a[name] + b[name]) / 2, atol=1e-6, rtol=1e-6)
 
 
-@pytest.fixture
-def nearly_full() -> Iterator[None]:
-    """No file can become larger than 3000 bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_a_disk_that_is_full(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_a_disk_that_is_full(tmp_path: Path) -> None:
     """It is said in a line what could not be written, and nothing is left of it."""
     QWEN.build().save_pretrained(tmp_path / "base")
     save_adapter(tmp_path / "adapter", QWEN, tmp_path / "base")
     out, before = tmp_path / "out", sorted(tmp_path.iterdir())
-    request.getfixturevalue("nearly_full")
     for command in (["soup", tmp_path / "adapter"], ["export", tmp_path / "adapter"]):
-        line = failure(*command, "-o", out)
+        with full_disk(3000):
+            line = failure(*command, "-o", out)
         assert f"'{out}' cannot be written" in line
         assert "File too large" in line
     assert sorted(tmp_path.iterdir()) == before

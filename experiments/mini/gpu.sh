@@ -30,6 +30,7 @@ if [[ ! -f $model/config.json ]]; then
     done
     wait
     for rate in $rates; do
+        grep -q '^pass@16:' "$work/pretraining-$rate.txt" || continue  # it did not come to its end
         echo "learning rate $rate: $(sed -n 's/^step [0-9]*: loss //p' "$work/pretraining-$rate.txt" | tail -n 1)"
     done | tee "$output/pretraining.txt"
     best=$(awk '$4 ~ /^[0-9.]+$/ { print $4, $3 }' "$output/pretraining.txt" | sort -g | sed -n '1s/.* \(.*\):/\1/p')

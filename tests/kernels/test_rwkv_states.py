@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import resource
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from full_disk import full_disk
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_fla_models import CASES, Case, ids_of, relative
@@ -109,13 +109,8 @@ def test_an_adapter_made_here(case: Case, tmp_path: Path) -> None:
 
 def test_a_disk_that_is_full(case: Case, tmp_path: Path) -> None:
     get_peft_model(case.build(), S0Config()).save_pretrained(tmp_path / "adapter")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
-    try:
-        with pytest.raises(OSError, match=r"state\.pth' cannot be written .*File too large"):
-            export_rwkv(tmp_path / "adapter", tmp_path / "state.pth", case.build())
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with full_disk(500), pytest.raises(OSError, match=r"state\.pth' cannot be written .*File too large"):
+        export_rwkv(tmp_path / "adapter", tmp_path / "state.pth", case.build())
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 

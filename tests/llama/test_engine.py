@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import resource
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import Any
 import llama_cpp
 import pytest
 import torch
+from full_disk import full_disk
 from torch import Tensor
 from tuned import Tuned, tune
 
@@ -318,13 +318,9 @@ def test_a_disk_that_is_full(make_case: MakeCase, tmp_path: Path) -> None:
     """Also where the last bytes alone have no place, which llama.cpp does not notice."""
     case, slot = make_case("mamba2"), tmp_path / "slot"
     write_slot(case.tuned.model, case.gguf, slot, [5])
-    before, limits = slot.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = slot.read_bytes()
     for size in (100, len(before) - 1):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-        try:
-            with pytest.raises(RuntimeError, match=r"llama\.cpp cannot write '.*slot'"):
-                write_slot(case.tuned.model, case.gguf, slot, [5], overwrite=True)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        with full_disk(size), pytest.raises(RuntimeError, match=r"llama\.cpp cannot write '.*slot'"):
+            write_slot(case.tuned.model, case.gguf, slot, [5], overwrite=True)
         assert slot.read_bytes() == before
     assert list(tmp_path.iterdir()) == [slot]
