@@ -53,7 +53,7 @@ def launch(script: str, folder: Path, processes: int, config: str = "ddp", runs:
     (folder / "runs.json").write_text(json.dumps(runs))
     options = ["--config_file", str(CONFIGS / f"{config}.yaml"), "--num_processes", str(processes)]
     options += ["--main_process_port", "0", "--mixed_precision", "no"]
-    environment = dict(os.environ)
+    environment = os.environ | {"PYTHONFAULTHANDLER": "1"}
     if config.startswith("deepspeed"):
         paths = [os.environ.get("PYTHONPATH", ""), str(DEEPSPEED)]
         environment |= {"DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join(path for path in paths if path)}

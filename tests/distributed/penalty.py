@@ -54,6 +54,7 @@ def main(folder: str) -> None:
             }
         )
     Path(folder, f"{trainer.accelerator.process_index}.json").write_text(json.dumps(found))
+    trainer.end()  # a thread of the process group that outlives the interpreter aborts the process
 
 
 if __name__ == "__main__":

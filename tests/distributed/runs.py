@@ -240,6 +240,8 @@ def main(folder: Path) -> None:
     rank = int(os.environ["RANK"])
     done = {run["name"]: perform(folder, run) for run in json.loads((folder / "runs.json").read_text())}
     (folder / f"{rank}.json").write_text(json.dumps(done))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # a thread of it that outlives the interpreter aborts the process
 
 
 if __name__ == "__main__":
