@@ -241,7 +241,12 @@ def _update_metadata(data: ModelCardData, base: str | None, earlier: ModelCardDa
 
 def _arguments(name: str, revision: str | None) -> str:
     """What from_pretrained is called with for a name, and its revision if there is one."""
-    return f'"{name}"' + (f', revision="{revision}"' if revision else "")
+    return _quoted(name) + (f", revision={_quoted(revision)}" if revision else "")
+
+
+def _quoted(text: str) -> str:
+    """A text as Python code has it."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _describe(adapters: list[_Adapter], place: str, on_hub: bool, metrics: Mapping[str, float | str]) -> str:
@@ -262,7 +267,7 @@ def _describe(adapters: list[_Adapter], place: str, on_hub: bool, metrics: Mappi
     for adapter in adapters:
         arguments = place
         if adapter.folder != ".":
-            arguments += f', adapter_name="{adapter.folder}", subfolder="{adapter.folder}"'
+            arguments += f", adapter_name={_quoted(adapter.folder)}, subfolder={_quoted(adapter.folder)}"
         loading.append(
             f"model = PeftModel.from_pretrained(model, {arguments})"
             if adapter is first

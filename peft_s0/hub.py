@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError
+from yaml import YAMLError
 
 from .card import CARD_NAME, check_metrics, update_model_card
 
@@ -70,7 +71,13 @@ def push_to_hub(
                 "Nothing was pushed; try again."
             ) from error
         else:
-            earlier = ModelCard.load(card).data
+            try:
+                earlier = ModelCard.load(card).data
+            except (ValueError, YAMLError) as error:
+                raise OSError(
+                    f"The model card of '{repo_id}' is no text with metadata in YAML ({error}). Nothing was "
+                    f"pushed; mend {CARD_NAME} there, or take it away."
+                ) from error
         model.save_pretrained(folder)
         update_model_card(folder, repo_id=repo_id, revision=branch, metrics=metrics, earlier=earlier)
         return api.upload_folder(

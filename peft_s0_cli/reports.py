@@ -165,8 +165,9 @@ def show_inspection(found: dict[str, Any]) -> str:
         "parameters": f"{found['parameters']:,}",
         "file": f"{found['bytes']:,} bytes, states in {' and '.join(found['storage'])}",
     }
-    if found["others"]:
-        shown["beside the states"] = ", ".join(found["others"])
+    beside = [name for name in found["others"] if _ALPHA.fullmatch(name) is None]
+    if beside:
+        shown["beside the states"] = ", ".join(beside)
     width = max(map(len, shown))
     lines += [f"  {name:{width}}  {value}" for name, value in shown.items()]
     rows = [("layer", "shape", "mean norm", "max norm")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,16 @@ def test_adapters_in_folders_of_their_own(architecture: Architecture, tmp_path: 
     assert card.text.count(START) == 1
     assert f'from_pretrained(model, "{tmp_path.name}", adapter_name="second", subfolder="second")' in card.text
     assert not (tmp_path / "second" / "README.md").exists()
+
+
+def test_names_with_quotes(architecture: Architecture, tmp_path: Path) -> None:
+    """The example is Python all the same."""
+    folder = tmp_path / 'the "best"'
+    get_peft_model(architecture.build(), S0Config(), adapter_name='say "yes"').save_pretrained(folder)
+    *_, example = re.findall(r"```python\n(.*?)```", card_of(folder).text, re.DOTALL)
+    assert {'the "best"', 'say "yes"'} < {
+        node.value for node in ast.walk(ast.parse(example)) if isinstance(node, ast.Constant)
+    }
 
 
 def test_checkpoints_are_not_taken_for_adapters(model: PeftModel, tmp_path: Path) -> None:

@@ -163,7 +163,9 @@ def test_alphas_of_layers(tmp_path: Path) -> None:
     assert len(learnt["learnt_alphas"]) == len(learnt["layers"]) == QWEN.states
     assert re.search(r"alpha of layers.0.linear_attn +0.5\n", call("inspect", tmp_path / "given").stdout)
     name, alpha = next(iter(learnt["learnt_alphas"].items()))
-    assert re.search(rf"alpha of {name} +{alpha:.4g}\n", call("inspect", tmp_path / "learnt").stdout)
+    shown = call("inspect", tmp_path / "learnt").stdout
+    assert re.search(rf"alpha of {name} +{alpha:.4g}\n", shown)
+    assert "beside the states" not in shown
 
 
 def test_states_that_are_stored_small(tmp_path: Path) -> None:

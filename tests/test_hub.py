@@ -288,6 +288,19 @@ def test_a_card_that_cannot_be_read_stays(hub: Hub, author: Process) -> None:
         assert card_of(hub, repo_id).text == "\n# Mine\n"
 
 
+@pytest.mark.parametrize(
+    ("name", "card"),
+    [("syntax", b"---\nlicense: [mit\n---\n"), ("list", b"---\n- mit\n---\n"), ("bytes", b"---\na: b\n---\n\xff")],
+)
+def test_a_card_that_is_broken_stays(hub: Hub, author: Process, name: str, card: bytes) -> None:
+    repo_id = f"me/broken-{name}"
+    author(hub_client.push, "qwen3_5", repo_id, 1, "s0")
+    hub.repositories[repo_id].commit({CARD: card})
+    with pytest.raises(OSError, match=rf"(?s)card of '{repo_id}' is no text with metadata in YAML .*mend README\.md"):
+        author(hub_client.push, "qwen3_5", repo_id, 2, "s0")
+    assert hub.repositories[repo_id].files()[CARD] == card
+
+
 def test_a_local_base_model_is_no_name_on_the_hub(hub: Hub, author: Process, tmp_path: Path) -> None:
     """The Hub refuses a card whose base model is a path, and a path is nobody's business."""
     author(hub_client.save_base, "qwen3_5", tmp_path / "base")
