@@ -22,7 +22,8 @@ def pads_of(attention_mask: Tensor | None, tokens: int) -> Tensor | None:
     """
     if attention_mask is None or attention_mask.ndim != 2:
         return None
-    return attention_mask[:, -tokens:] == 0
+    # To slice takes as long as to compare.
+    return (attention_mask if attention_mask.shape[1] == tokens else attention_mask[:, -tokens:]) == 0
 
 
 def held_positions(pads: Tensor | None, rows: Tensor | None, added: Tensor | None) -> Tensor | None:
@@ -38,7 +39,7 @@ def held_positions(pads: Tensor | None, rows: Tensor | None, added: Tensor | Non
         bool [batch or 1, tokens], or None if there are none.
     """
     if pads is not None and rows is not None:
-        pads = pads & rows.unsqueeze(-1)
+        pads = pads & (rows if rows.shape[0] == 1 else rows.unsqueeze(-1))
     if pads is None:
         return added
     return pads if added is None else pads | added
