@@ -674,8 +674,9 @@ class Site:
 
 
 @contextmanager
-def site(engine: Engine) -> Iterator[Site]:
-    server = uvicorn.Server(uvicorn.Config(create_app(engine, "tiny"), port=0, log_level="error", lifespan="on"))
+def site(engine: Engine, **options: Any) -> Iterator[Site]:
+    options = {"port": 0, "log_level": "error", "lifespan": "on", **options}
+    server = uvicorn.Server(uvicorn.Config(create_app(engine, "tiny"), **options))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -816,6 +817,18 @@ def test_a_client_that_goes_away(served: Served, stream: bool) -> None:
         answer = small.send("/v1/completions", {"model": "second", "prompt": "def", "max_tokens": 3})
         assert (answer[0], answer[1]["usage"]["completion_tokens"]) == (200, 3)
         until(lambda: small.engine.load == {"running": 0, "waiting": 0})
+
+
+def test_a_server_that_is_stopped(served: Served) -> None:
+    """What it has no time left to answer ends as where the engine was closed: clients may ask again."""
+    body = {"model": "first", "prompt": "def", "max_tokens": 90_000}
+    with ThreadPoolExecutor(1) as pool:
+        with site(served.engine(rows=1, max_length=100_000), timeout_graceful_shutdown=1) as small:
+            small.engine._ends = set()
+            asked = pool.submit(small.send, "/v1/completions", body)
+            until(lambda: small.engine.load["running"] == 1)
+        status, answer = asked.result()
+    assert (status, answer["error"]["code"]) == (503, "closed")
 
 
 def health(site: Site) -> tuple[int, Any]:

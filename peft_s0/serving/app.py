@@ -307,6 +307,7 @@ async def _unless_gone(http: HTTPRequest, answer: Future[Completion], wait: asyn
 
     Raises:
         _GoneError: then.
+        ClosedError: if the server is stopped first, and what runs has no time left.
     """
 
     async def gone() -> None:
@@ -319,6 +320,8 @@ async def _unless_gone(http: HTTPRequest, answer: Future[Completion], wait: asyn
         if not wait.done():
             raise _GoneError
         wait.exception()  # looked at elsewhere: `answer` has the same
+    except asyncio.CancelledError:
+        raise ClosedError("The server was stopped before the answer was there.") from None
     finally:
         watch.cancel()
         if not wait.done():
