@@ -138,7 +138,8 @@ class Calibration:
             axes.axhline(self.value, linestyle=":", color="#e09f3e", label="chosen, layer by layer")
         elif self.best > 0:
             axes.plot(self.best, self.value, "o", markersize=11, fillstyle="none", color="#e09f3e", label="chosen")
-        axes.set_xscale("log")
+        if curve:  # a logarithmic axis without a point cannot be drawn
+            axes.set_xscale("log")
         axes.set_xlabel("alpha")
         axes.set_ylabel(self.metric)
         axes.grid(alpha=0.25)

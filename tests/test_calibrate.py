@@ -468,8 +468,11 @@ def test_a_picture(result: Calibration, tuned: Tuned, tmp_path: Path) -> None:
     assert lines["chosen, layer by layer"].get_ydata()[0] == pytest.approx(0.0, abs=1e-9)
 
 
-def test_a_picture_of_alpha_0_alone(tuned: Tuned) -> None:
-    axes = calibrate(tuned.model, scored({0.0: 0.25}), [0.0]).plot()
+def test_a_picture_of_alpha_0_alone(tuned: Tuned, tmp_path: Path) -> None:
+    found = calibrate(tuned.model, scored({0.0: 0.25}), [0.0])
+    found.plot(tmp_path / "alpha.png")
+    assert (tmp_path / "alpha.png").read_bytes().startswith(b"\x89PNG")
+    axes = found.plot()
     lines = {line.get_label(): line for line in axes.lines}
     assert len(lines["one alpha for all layers"].get_xdata()) == 0
     assert list(lines["alpha 0"].get_ydata()) == [0.25, 0.25]
