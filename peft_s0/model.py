@@ -621,7 +621,8 @@ class S0Model(BaseTuner):
         # What generate() is called with is seen here, before it repeats rows; what forward() is called with is not.
         inputs = [kwargs[name] for name in ("inputs", "input_ids", "inputs_embeds") if kwargs.get(name) is not None]
         inputs = [*args[:1], *inputs]
-        return RowAdapters(names, inputs[0].shape[0] if inputs else None)
+        argument = "adapter_names" if self._bank_rows is None else "tasks"
+        return RowAdapters(names, inputs[0].shape[0] if inputs else None, argument)
 
     @classmethod
     def _get_adapter_state_dict(

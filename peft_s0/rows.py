@@ -43,13 +43,14 @@ class RowAdapters:
         names: one name for each row of the input, `"__base__"` for the base model.
         inputs: number of rows of the input, if it is known before the model runs. `generate()` may then repeat each row
             for beams and returned sequences.
+        argument: what the names were passed as, for the message.
 
     Raises:
         ValueError: if there are more or fewer names than rows.
     """
 
-    def __init__(self, names: Sequence[str], inputs: int | None = None) -> None:
-        self.names = tuple(names)
+    def __init__(self, names: Sequence[str], inputs: int | None = None, argument: str = "adapter_names") -> None:
+        self.names, self.argument = tuple(names), argument
         self.different = tuple(dict.fromkeys(self.names))
         self._repeated = False
         if inputs is not None:
@@ -83,6 +84,6 @@ class RowAdapters:
         repeated = self._repeated and bool(self.names) and batch % len(self.names) == 0
         if batch != len(self.names) and not repeated:
             raise ValueError(
-                f"adapter_names has {len(self.names)} entries, but the batch has {batch} rows. Pass one adapter name "
-                "for each row of the input."
+                f"{self.argument} has {len(self.names)} entries, but the batch has {batch} rows. Pass one name for "
+                "each row of the input."
             )
