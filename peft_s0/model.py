@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .alpha import check_alpha, fit_pattern, layer_key
 from .card import tag_model, untag_model
-from .config import S0Config, load_config, without_start
+from .config import S0Config, listed, load_config, without_start
 from .fit import (
     LEARNT,
     check_beside_states,
@@ -460,7 +460,7 @@ class S0Model(BaseTuner):
             >>> model.set_alpha(0.1)
             >>> model.set_alpha({"layers.0.linear_attn": 0.2, "layers.1.linear_attn": 0.0})
         """
-        adapter_name = self._one_adapter(adapter_name)
+        adapter_name, alpha = self._one_adapter(adapter_name), listed(alpha)
         if isinstance(alpha, Mapping):
             layers = self._layers_of(adapter_name)
             for name, value in alpha.items():

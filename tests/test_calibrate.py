@@ -167,9 +167,10 @@ def test_zero_is_taken_only_if_it_is_in_the_grid(tuned: Tuned) -> None:
         UserWarning, match="no alpha is better than 0, whose score is 3; that of the best is 2. On these"
     ):
         assert calibrate(tuned.model, scored(values), [0.5, 1.0]).best == 0.5
-    result = calibrate(tuned.model, scored(values), [1, 0, 0.5])
-    assert result.best == 0.0
-    assert [trial.alpha for trial in result.table] == [0.0, 0.5, 1.0]
+    for grid in ([1, 0, 0.5], torch.tensor([1, 0, 0.5])):
+        result = calibrate(tuned.model, scored(values), grid)
+        assert result.best == 0.0
+        assert [trial.alpha for trial in result.table] == [0.0, 0.5, 1.0]
 
 
 def test_the_grid_by_default(architecture: Architecture) -> None:
