@@ -299,6 +299,8 @@ class S0Model(BaseTuner):
         Raises:
             ValueError: for a name that this model does not have.
         """
+        if not isinstance(adapter_name, str):
+            adapter_name = [*adapter_name]
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         unknown = [name for name in names if name not in self.peft_config]
         if unknown:
