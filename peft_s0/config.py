@@ -49,8 +49,9 @@ class S0Config(PeftConfig):
     A sequence starts from the state `alpha * S`, or `alpha * S / ||S||_F` with `normalize`, where `S` is the learnt
     tensor of a layer, kept in float32 and saved unscaled.
 
-    An adapter that is made of a config has a copy of it, `model.peft_config[adapter_name]`, whose fields count from
-    then on; the config itself may serve for further adapters and models.
+    An adapter that is made of a config has a copy of it, `model.peft_config[adapter_name]`, which counts from then on;
+    the config itself may serve for further adapters and models. Alphas of that copy are changed by `set_alpha`, since
+    layers look up once what `alpha_pattern` says of them.
 
     Args:
         target_modules (`list[str]` or `str`, *optional*):
