@@ -22,6 +22,7 @@ from peft.utils import (
 )
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .alpha import check_alpha, fit_pattern, layer_key
 from .card import tag_model, untag_model
@@ -587,12 +588,7 @@ class S0Model(BaseTuner):
             self._routing.rows = rows
             # In a call within this call the same hooks find that call's rows.
             if outer is None and self._has_other_modules():
-                hook = partial(_pass_adapter_names, self._routing)
-                handles = [
-                    module.register_forward_pre_hook(hook, with_kwargs=True)
-                    for module in self.model.modules()
-                    if isinstance(module, AuxiliaryTrainingWrapper)
-                ]
+                handles = list(self._hook_other_modules())
             yield
         except KeyboardInterrupt:
             # After which torch calls no hooks.
@@ -602,6 +598,19 @@ class S0Model(BaseTuner):
             self._routing.rows = outer
             for handle in handles:
                 handle.remove()
+
+    def _hook_other_modules(self) -> Iterator[RemovableHandle]:
+        """Let the modules that adapters have copies of know each row's adapter."""
+        called: set[nn.Module] = set()
+        for name, module in self.model.named_modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                hook = partial(_pass_adapter_names, self._routing, called)
+                yield module.register_forward_pre_hook(hook, with_kwargs=True)
+            elif find_mixer(type(module)) is not None:
+                inside = {f"{name}.{place}": part for place, part in module.named_modules()}
+                parts = {place: part for place, part in inside.items() if isinstance(part, AuxiliaryTrainingWrapper)}
+                if parts:
+                    yield module.register_forward_hook(partial(_check_called, self._routing, called, parts))
 
     def _has_other_modules(self) -> bool:
         # Asked of every adapter at every switch: in a loop, which is faster than a generator.
@@ -760,15 +769,47 @@ def _check_variant(config: S0Config, name: str, mixer: nn.Module, declaration: M
 
 
 def _pass_adapter_names(
-    routing: Routing, module: AuxiliaryTrainingWrapper, args: tuple[Any, ...], kwargs: dict[str, Any]
+    routing: Routing,
+    called: set[nn.Module],
+    module: AuxiliaryTrainingWrapper,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Tell a module that an adapter has a copy of which copy each row takes; where it has none, the base model's."""
+    called.add(module)
     if routing.rows is None:
         return None
     held = module._get_available_adapters()
     batch = len(args[0] if args else next(iter(kwargs.values())))
     names = [name if name in held else BASE for name in routing.rows.of(batch)]
     return args, {**kwargs, "adapter_names": names}
+
+
+def _check_called(
+    routing: Routing,
+    called: set[nn.Module],
+    parts: Mapping[str, AuxiliaryTrainingWrapper],
+    mixer: nn.Module,
+    *call: Any,
+) -> None:
+    """Refuse rows that would have another adapter's weights, where a mixer reads them off a module, as a convolution's.
+
+    Raises:
+        ValueError: naming the module, and whose weights all rows would have.
+    """
+    if routing.rows is None:
+        return
+    for name, part in parts.items():
+        held = part._get_available_adapters()
+        read = part.active_adapters[0] if part.active_adapters and not part.disable_adapters else BASE
+        others = {row if row in held else BASE for row in routing.rows.different} - {read}
+        if part not in called and others:
+            whose = "the base model" if read == BASE else f"adapter '{read}'"
+            raise ValueError(
+                f"{type(mixer).__name__} reads the weights of '{name}' without calling it, those of {whose} for all "
+                f"rows, but there are rows of {sorted(others)}, too. Run the rows of each adapter in a call of their "
+                "own, with that adapter active (set_adapter)."
+            )
 
 
 def _withdraw(model: Any, config: S0Config, adapter_name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -190,6 +191,32 @@ def test_modules_to_save_of_each_row(architecture: Architecture, active: str, ge
     torch.testing.assert_close(tuned.model(ids, adapter_names=names).logits, expected, atol=3e-6, rtol=0)
     assert torch.equal(run(tuned.model, adapter_names=names), generated)
     assert unrouted(tuned.model)
+
+
+def test_a_module_that_its_mixer_does_not_call(architecture: Architecture) -> None:
+    """The weights of a convolution are read off it, and are those of one adapter for all rows."""
+    tuned = mix(architecture, modules_to_save=["conv1d"])
+    for name, parameter in tuned.model.named_parameters():
+        if "modules_to_save" in name:
+            parameter.mul_(2)
+    ids = tuned.ids(2, 6)
+    expected = tuned.model(ids).logits
+    for call in (tuned.model, partial(tuned.model.generate, max_new_tokens=2)):
+        for names in (["default", "__base__"], ["__base__"] * 2, ["second", "default"]):
+            message = r"layers\.0\.\w+\.conv1d' without calling it, those of adapter 'default' for all rows"
+            with pytest.raises(ValueError, match=message):
+                call(ids, adapter_names=names)
+            assert unrouted(tuned.model)
+    assert torch.equal(tuned.model(ids).logits, expected)
+    torch.testing.assert_close(tuned.model(ids, adapter_names=["default"] * 2).logits, expected, atol=3e-6, rtol=0)
+    tuned.model.set_adapter("second")
+    second = tuned.model(ids).logits
+    torch.testing.assert_close(
+        tuned.model(ids, adapter_names=["second", "__base__"]).logits,
+        torch.stack([second[0], tuned.base(ids).logits[1]]),
+        atol=3e-6,
+        rtol=0,
+    )
 
 
 def test_nothing_stays_when_generate_fails_midway(architecture: Architecture) -> None:
