@@ -781,7 +781,7 @@ def _pass_adapter_names(
         return None
     held = module._get_available_adapters()
     batch = len(args[0] if args else next(iter(kwargs.values())))
-    names = [name if name in held else BASE for name in routing.rows.of(batch)]
+    names = [name if name in held else BASE for name in routing.rows.within(batch)]
     return args, {**kwargs, "adapter_names": names}
 
 

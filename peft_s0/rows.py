@@ -53,6 +53,7 @@ class RowAdapters:
         self.names, self.argument = tuple(names), argument
         self.different = tuple(dict.fromkeys(self.names))
         self._repeated = False
+        self._of_documents: Sequence[str] = ()
         if inputs is not None:
             self.check(inputs)
             self._repeated = True
@@ -73,7 +74,21 @@ class RowAdapters:
         self.check(batch)
         repeats = batch // len(self.names)
         names = self.names if repeats == 1 else [name for name in self.names for _ in range(repeats)]
-        return names if documents is None else [names[row] for row in documents]
+        if documents is None:
+            return names
+        self._of_documents = [names[row] for row in documents]
+        return self._of_documents
+
+    def within(self, batch: int) -> Sequence[str]:
+        """The adapter of each sequence that a part of the model sees: in a mixer, of each document of packed rows.
+
+        Args:
+            batch: number of sequences.
+
+        Raises:
+            ValueError: see `of`.
+        """
+        return self._of_documents if len(self._of_documents) == batch else self.of(batch)
 
     def check(self, batch: int) -> None:
         """Refuse a batch that does not have these rows.

@@ -267,9 +267,14 @@ def test_within_disable_adapter(mixed: Tuned) -> None:
         assert torch.equal(mixed.model(ids, adapter_names=NAMES).logits, mixed.base(ids).logits)
 
 
-@pytest.mark.parametrize("names", [["default", "second"], ["__base__", "second"]])
-def test_packed_rows(mixed: Tuned, names: list[str]) -> None:
-    """All documents of a row have the row's adapter, whatever their number."""
+@pytest.mark.parametrize("names", [["default", "second"], ["__base__", "second"], ["second", "default"]])
+@pytest.mark.parametrize("more", [{}, {"modules_to_save": ["out_proj"]}], ids=["states", "modules"])
+def test_packed_rows(architecture: Architecture, names: list[str], more: dict) -> None:
+    """All documents of a row have the row's adapter, whatever their number, in the parts of a mixer as well."""
+    mixed = mix(architecture, **more)
+    for name, parameter in mixed.model.named_parameters():
+        if "modules_to_save" in name:
+            parameter.mul_(2)
     lengths = (6, 8, 3, 11)
     rows = [mixed.ids(1, length, seed=length)[0] for length in lengths]
     # One row of three documents, and one of a single document.
