@@ -602,14 +602,16 @@ class S0Model(BaseTuner):
     def _hook_other_modules(self) -> Iterator[RemovableHandle]:
         """Let the modules that adapters have copies of know each row's adapter."""
         called: set[nn.Module] = set()
+        inside: set[nn.Module] = set()
         for name, module in self.model.named_modules():
             if isinstance(module, AuxiliaryTrainingWrapper):
-                hook = partial(_pass_adapter_names, self._routing, called)
+                hook = partial(_pass_adapter_names, self._routing, called if module in inside else None)
                 yield module.register_forward_pre_hook(hook, with_kwargs=True)
             elif find_mixer(type(module)) is not None:
-                inside = {f"{name}.{place}": part for place, part in module.named_modules()}
-                parts = {place: part for place, part in inside.items() if isinstance(part, AuxiliaryTrainingWrapper)}
+                found = {f"{name}.{place}": part for place, part in module.named_modules()}
+                parts = {place: part for place, part in found.items() if isinstance(part, AuxiliaryTrainingWrapper)}
                 if parts:
+                    inside.update(parts.values())
                     yield module.register_forward_hook(partial(_check_called, self._routing, called, parts))
 
     def _has_other_modules(self) -> bool:
@@ -770,18 +772,28 @@ def _check_variant(config: S0Config, name: str, mixer: nn.Module, declaration: M
 
 def _pass_adapter_names(
     routing: Routing,
-    called: set[nn.Module],
+    called: set[nn.Module] | None,
     module: AuxiliaryTrainingWrapper,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Tell a module that an adapter has a copy of which copy each row takes; where it has none, the base model's."""
-    called.add(module)
+    """Tell a module that an adapter has a copy of which copy each row takes; where it has none, the base model's.
+
+    Args:
+        routing: whose rows.
+        called: for a part of a mixer, where it is noted that it was called; None for all else.
+        module: the module.
+        args: what it is called with.
+        kwargs: what it is called with by name.
+    """
     if routing.rows is None:
         return None
     held = module._get_available_adapters()
     batch = len(args[0] if args else next(iter(kwargs.values())))
-    names = [name if name in held else BASE for name in routing.rows.within(batch)]
+    if called is not None:
+        called.add(module)
+    rows = routing.rows.of(batch) if called is None else routing.rows.in_mixer(batch)
+    names = [name if name in held else BASE for name in rows]
     return args, {**kwargs, "adapter_names": names}
 
 

@@ -79,8 +79,8 @@ class RowAdapters:
         self._of_documents = [names[row] for row in documents]
         return self._of_documents
 
-    def within(self, batch: int) -> Sequence[str]:
-        """The adapter of each sequence that a part of the model sees: in a mixer, of each document of packed rows.
+    def in_mixer(self, batch: int) -> Sequence[str]:
+        """The adapter of each sequence that a part of a mixer sees: of packed rows, of each document.
 
         Args:
             batch: number of sequences.
