@@ -100,10 +100,11 @@ def influence(model: nn.Module, tokenizer: Any, texts: Any, *, batch_size: int =
         batch_size: texts in one call, padded on the right.
 
     Raises:
-        ValueError: for a model without S0 adapters or without logits, and for bad texts.
+        ValueError: for a model without S0 adapters or without logits, for bad texts, and a `batch_size` below 1.
         RuntimeError: while a `StateBank` is used.
     """
     _check_measurable(model)
+    _check_size("influence", batch_size)
     rows = token_rows(base_of(model), tokenizer, texts)
     kl = np.full((len(rows), max(map(len, rows))), np.nan)
     with in_eval_mode(model):
@@ -181,10 +182,11 @@ def divergence(
         batch_size: prompts in one call, padded on the left.
 
     Raises:
-        ValueError: for a model without S0 adapters, and for bad prompts.
+        ValueError: for a model without S0 adapters, for bad prompts, and a `batch_size` below 1.
         RuntimeError: while a `StateBank` is used.
     """
     _check_measurable(model)
+    _check_size("divergence", batch_size)
     rows = token_rows(base_of(model), tokenizer, prompts, opens_answer=True)
     answers: dict[str, list[list[int]]] = {"base": [], "tuned": []}
     with in_eval_mode(model):
@@ -420,6 +422,12 @@ def _check_measurable(model: nn.Module) -> dict[str, nn.Module]:
             "first; to measure a task, load it with load_adapter."
         )
     return layers
+
+
+def _check_size(function: str, batch_size: int) -> None:
+    """Refuse a number of rows with which nothing would be measured."""
+    if batch_size < 1:
+        raise ValueError(f"{function}: batch_size must be an integer >= 1, got {batch_size}.")
 
 
 def _starts(layer: S0Layer) -> bool:

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from .alpha import check_alpha
-from .config import S0Config
+from .config import S0Config, listed
 from .model import S0Model
 
 if TYPE_CHECKING:
@@ -138,7 +138,8 @@ class Calibration:
             axes.axhline(self.value, linestyle=":", color="#e09f3e", label="chosen, layer by layer")
         elif self.best > 0:
             axes.plot(self.best, self.value, "o", markersize=11, fillstyle="none", color="#e09f3e", label="chosen")
-        axes.set_xscale("log")
+        if curve:  # a logarithmic axis without a point cannot be drawn
+            axes.set_xscale("log")
         axes.set_xlabel("alpha")
         axes.set_ylabel(self.metric)
         axes.grid(alpha=0.25)
@@ -334,7 +335,7 @@ class _Search:
 def _grid(config: S0Config, grid: Sequence[float] | None, default: float) -> list[float | None]:
     """The candidates in ascending order; None stands for the adapter's own alphas, layer by layer."""
     if grid is not None:
-        alphas = list(grid)
+        alphas = listed(list(grid))
         if not alphas:
             raise ValueError("calibrate_alpha: the grid is empty; pass the alphas to try, or None for the default.")
         for alpha in alphas:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Literal
@@ -49,8 +49,9 @@ class S0Config(PeftConfig):
     A sequence starts from the state `alpha * S`, or `alpha * S / ||S||_F` with `normalize`, where `S` is the learnt
     tensor of a layer, kept in float32 and saved unscaled.
 
-    An adapter that is made of a config has a copy of it, `model.peft_config[adapter_name]`, whose fields count from
-    then on; the config itself may serve for further adapters and models.
+    An adapter that is made of a config has a copy of it, `model.peft_config[adapter_name]`, which counts from then on;
+    the config itself may serve for further adapters and models. Alphas of that copy are changed by `set_alpha`, since
+    layers look up once what `alpha_pattern` says of them.
 
     Args:
         target_modules (`list[str]` or `str`, *optional*):
@@ -195,12 +196,12 @@ class S0Config(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("S0")
+        for entry in fields(self):
+            # As they are read from a file.
+            setattr(self, entry.name, listed(getattr(self, entry.name)))
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
-        for name in ("modules_to_save", "trainable_token_indices", "layers_to_transform", "init_prompt"):
-            # As they are read from a file.
-            setattr(self, name, _listed(getattr(self, name)))
         if isinstance(self.modules_to_save, str):
             raise ValueError(f"S0Config: modules_to_save must be a list of names, got {self.modules_to_save!r}.")
         if self.layers_pattern is not None and self.layers_to_transform is None:
@@ -374,12 +375,12 @@ def load_config(model_id: str | Path, **kwargs: Any) -> S0Config:
     return config
 
 
-def _listed(value: Any) -> Any:
-    """Tuples, ranges, arrays and tensors as lists, their numbers as Python's; also in a dict or a list."""
+def listed(value: Any) -> Any:
+    """Tuples, ranges, arrays and tensors as lists, numbers as Python's; also in a dict or a list."""
     value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, dict):
-        return {key: _listed(entry) for key, entry in value.items()}
-    return [_listed(entry) for entry in value] if isinstance(value, (list, tuple, range)) else value
+        return {key: listed(entry) for key, entry in value.items()}
+    return [listed(entry) for entry in value] if isinstance(value, (list, tuple, range)) else value
 
 
 def _is_number(value: Any) -> bool:

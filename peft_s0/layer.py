@@ -380,7 +380,7 @@ class S0Layer(nn.Module, BaseTunerLayer):
             adapter_names: the active adapters.
             inference_mode: whether their states are frozen.
         """
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        names = [adapter_names] if isinstance(adapter_names, str) else [*adapter_names]
         let_learn(self.held, [] if inference_mode else names)
         # Not as an attribute: that of a module takes longer than all else here.
         vars(self)["_active_adapter"] = names

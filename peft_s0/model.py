@@ -22,10 +22,11 @@ from peft.utils import (
 )
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .alpha import check_alpha, fit_pattern, layer_key
 from .card import tag_model, untag_model
-from .config import S0Config, load_config, without_start
+from .config import S0Config, listed, load_config, without_start
 from .fit import (
     LEARNT,
     check_beside_states,
@@ -299,6 +300,8 @@ class S0Model(BaseTuner):
         Raises:
             ValueError: for a name that this model does not have.
         """
+        if not isinstance(adapter_name, str):
+            adapter_name = [*adapter_name]
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         unknown = [name for name in names if name not in self.peft_config]
         if unknown:
@@ -460,7 +463,7 @@ class S0Model(BaseTuner):
             >>> model.set_alpha(0.1)
             >>> model.set_alpha({"layers.0.linear_attn": 0.2, "layers.1.linear_attn": 0.0})
         """
-        adapter_name = self._one_adapter(adapter_name)
+        adapter_name, alpha = self._one_adapter(adapter_name), listed(alpha)
         if isinstance(alpha, Mapping):
             layers = self._layers_of(adapter_name)
             for name, value in alpha.items():
@@ -585,12 +588,7 @@ class S0Model(BaseTuner):
             self._routing.rows = rows
             # In a call within this call the same hooks find that call's rows.
             if outer is None and self._has_other_modules():
-                hook = partial(_pass_adapter_names, self._routing)
-                handles = [
-                    module.register_forward_pre_hook(hook, with_kwargs=True)
-                    for module in self.model.modules()
-                    if isinstance(module, AuxiliaryTrainingWrapper)
-                ]
+                handles = list(self._hook_other_modules())
             yield
         except KeyboardInterrupt:
             # After which torch calls no hooks.
@@ -600,6 +598,21 @@ class S0Model(BaseTuner):
             self._routing.rows = outer
             for handle in handles:
                 handle.remove()
+
+    def _hook_other_modules(self) -> Iterator[RemovableHandle]:
+        """Let the modules that adapters have copies of know each row's adapter."""
+        called: set[nn.Module] = set()
+        inside: set[nn.Module] = set()
+        for name, module in self.model.named_modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                hook = partial(_pass_adapter_names, self._routing, called if module in inside else None)
+                yield module.register_forward_pre_hook(hook, with_kwargs=True)
+            elif find_mixer(type(module)) is not None:
+                found = {f"{name}.{place}": part for place, part in module.named_modules()}
+                parts = {place: part for place, part in found.items() if isinstance(part, AuxiliaryTrainingWrapper)}
+                if parts:
+                    inside.update(parts.values())
+                    yield module.register_forward_hook(partial(_check_called, self._routing, called, parts))
 
     def _has_other_modules(self) -> bool:
         # Asked of every adapter at every switch: in a loop, which is faster than a generator.
@@ -621,7 +634,8 @@ class S0Model(BaseTuner):
         # What generate() is called with is seen here, before it repeats rows; what forward() is called with is not.
         inputs = [kwargs[name] for name in ("inputs", "input_ids", "inputs_embeds") if kwargs.get(name) is not None]
         inputs = [*args[:1], *inputs]
-        return RowAdapters(names, inputs[0].shape[0] if inputs else None)
+        argument = "adapter_names" if self._bank_rows is None else "tasks"
+        return RowAdapters(names, inputs[0].shape[0] if inputs else None, argument)
 
     @classmethod
     def _get_adapter_state_dict(
@@ -757,15 +771,57 @@ def _check_variant(config: S0Config, name: str, mixer: nn.Module, declaration: M
 
 
 def _pass_adapter_names(
-    routing: Routing, module: AuxiliaryTrainingWrapper, args: tuple[Any, ...], kwargs: dict[str, Any]
+    routing: Routing,
+    called: set[nn.Module] | None,
+    module: AuxiliaryTrainingWrapper,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Tell a module that an adapter has a copy of which copy each row takes; where it has none, the base model's."""
+    """Tell a module that an adapter has a copy of which copy each row takes; where it has none, the base model's.
+
+    Args:
+        routing: whose rows.
+        called: for a part of a mixer, where it is noted that it was called; None for all else.
+        module: the module.
+        args: what it is called with.
+        kwargs: what it is called with by name.
+    """
     if routing.rows is None:
         return None
     held = module._get_available_adapters()
     batch = len(args[0] if args else next(iter(kwargs.values())))
-    names = [name if name in held else BASE for name in routing.rows.of(batch)]
+    if called is not None:
+        called.add(module)
+    rows = routing.rows.of(batch) if called is None else routing.rows.in_mixer(batch)
+    names = [name if name in held else BASE for name in rows]
     return args, {**kwargs, "adapter_names": names}
+
+
+def _check_called(
+    routing: Routing,
+    called: set[nn.Module],
+    parts: Mapping[str, AuxiliaryTrainingWrapper],
+    mixer: nn.Module,
+    *call: Any,
+) -> None:
+    """Refuse rows that would have another adapter's weights, where a mixer reads them off a module, as a convolution's.
+
+    Raises:
+        ValueError: naming the module, and whose weights all rows would have.
+    """
+    if routing.rows is None:
+        return
+    for name, part in parts.items():
+        held = part._get_available_adapters()
+        read = part.active_adapters[0] if part.active_adapters and not part.disable_adapters else BASE
+        others = {row if row in held else BASE for row in routing.rows.different} - {read}
+        if part not in called and others:
+            whose = "the base model" if read == BASE else f"adapter '{read}'"
+            raise ValueError(
+                f"{type(mixer).__name__} reads the weights of '{name}' without calling it, those of {whose} for all "
+                f"rows, but there are rows of {sorted(others)}, too. Run the rows of each adapter in a call of their "
+                "own, with that adapter active (set_adapter)."
+            )
 
 
 def _withdraw(model: Any, config: S0Config, adapter_name: str) -> None:

@@ -13,6 +13,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import ProcessorMixin
 
+from .config import listed
 from .mixers import cache_argument, cache_of, find_mixer, parameter_names
 
 
@@ -34,8 +35,7 @@ def token_rows(model: nn.Module, tokenizer: Any, prompts: Any, opens_answer: boo
             tokenizer, and messages with more than text, such as pictures.
         TypeError: for prompts of another kind.
     """
-    if isinstance(prompts, Tensor):
-        prompts = prompts.tolist()
+    prompts = listed(prompts)
     if isinstance(tokenizer, ProcessorMixin):
         # Its own calls take images, and give lists of rows.
         tokenizer = cast(Any, tokenizer).tokenizer
@@ -57,7 +57,6 @@ def _is_list_of(value: Any, kind: type) -> bool:
 
 
 def _ids(tokenizer: Any, prompt: Any, vocabulary: int | None, opens_answer: bool) -> list[int]:
-    prompt = prompt.tolist() if isinstance(prompt, Tensor) else prompt
     messages = _is_list_of(prompt, Mapping)
     if messages or isinstance(prompt, str):
         if tokenizer is None:

@@ -43,15 +43,17 @@ class RowAdapters:
         names: one name for each row of the input, `"__base__"` for the base model.
         inputs: number of rows of the input, if it is known before the model runs. `generate()` may then repeat each row
             for beams and returned sequences.
+        argument: what the names were passed as, for the message.
 
     Raises:
         ValueError: if there are more or fewer names than rows.
     """
 
-    def __init__(self, names: Sequence[str], inputs: int | None = None) -> None:
-        self.names = tuple(names)
+    def __init__(self, names: Sequence[str], inputs: int | None = None, argument: str = "adapter_names") -> None:
+        self.names, self.argument = tuple(names), argument
         self.different = tuple(dict.fromkeys(self.names))
         self._repeated = False
+        self._of_documents: Sequence[str] = ()
         if inputs is not None:
             self.check(inputs)
             self._repeated = True
@@ -72,7 +74,21 @@ class RowAdapters:
         self.check(batch)
         repeats = batch // len(self.names)
         names = self.names if repeats == 1 else [name for name in self.names for _ in range(repeats)]
-        return names if documents is None else [names[row] for row in documents]
+        if documents is None:
+            return names
+        self._of_documents = [names[row] for row in documents]
+        return self._of_documents
+
+    def in_mixer(self, batch: int) -> Sequence[str]:
+        """The adapter of each sequence that a part of a mixer sees: of packed rows, of each document.
+
+        Args:
+            batch: number of sequences.
+
+        Raises:
+            ValueError: see `of`.
+        """
+        return self._of_documents if len(self._of_documents) == batch else self.of(batch)
 
     def check(self, batch: int) -> None:
         """Refuse a batch that does not have these rows.
@@ -83,6 +99,6 @@ class RowAdapters:
         repeated = self._repeated and bool(self.names) and batch % len(self.names) == 0
         if batch != len(self.names) and not repeated:
             raise ValueError(
-                f"adapter_names has {len(self.names)} entries, but the batch has {batch} rows. Pass one adapter name "
-                "for each row of the input."
+                f"{self.argument} has {len(self.names)} entries, but the batch has {batch} rows. Pass one name for "
+                "each row of the input."
             )

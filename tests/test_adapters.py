@@ -81,6 +81,19 @@ def test_several_active_adapters(tuned: Tuned) -> None:
     assert tuned.model.active_adapters == ["sum"]
 
 
+def test_names_are_read_once(tuned: Tuned) -> None:
+    """A list that was passed is its caller's to change, and what gives its names once serves all layers."""
+    add(tuned, "second", 1)
+    ids, tuner = tuned.ids(2, 9), tuned.model.base_model
+    alone = logits(tuned, ids, "default")
+    for choose in (tuner.set_adapter, *(layer.set_adapter for layer in tuner.tuner_layers())):
+        names = ["default"]
+        choose(names)
+        names.append("second")
+        assert torch.equal(tuned.model(ids).logits, alone)
+    assert torch.equal(logits(tuned, ids, iter(names)), logits(tuned, ids, names))
+
+
 def test_weighted_adapter(tuned: Tuned) -> None:
     ids = tuned.ids(2, 9)
     add(tuned, "second", 1, rank=2, normalize=True)

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from architectures import ARCHITECTURES, Architecture
@@ -183,12 +184,12 @@ def test_set_alpha(tuned: Tuned, tmp_path: Path) -> None:
     tuned.model.add_adapter("second", S0Config(alpha=0.6, init_weights=1.0))
     ids, names = tuned.ids(3, 9), ["second", "default", "__base__"]
     config = tuned.model.peft_config["default"]
-    tuned.model.set_alpha(0.25)
+    tuned.model.set_alpha(np.float32(0.25))
     assert (config.alpha, config.alpha_pattern) == (0.25, {})
     assert alphas(tuned.model) == pytest.approx([0.25] * tuned.architecture.states, rel=1e-6)
     first, *others = values = by_layer(tuned.model)
     tuned.model.set_alpha({name: values[name] for name in others})
-    tuned.model.set_alpha({f"base_model.model.{first}": 2})
+    tuned.model.set_alpha({f"base_model.model.{first}": np.int64(2)})
     expected = [2.0, *(values[name] for name in others)]
     assert alphas(tuned.model) == pytest.approx(expected, rel=1e-6)
     assert alphas(tuned.model, "second") == pytest.approx([0.6] * tuned.architecture.states, rel=1e-6)

@@ -287,6 +287,10 @@ def test_refusals() -> None:
     for positions in ([0], [4], []):
         with pytest.raises(ValueError, match="positions must be from 1 to the length of the shortest text, 3, got"):
             analysis.memory(tuned.model, None, [5, 6, 7], positions=positions)
+    for function in (analysis.influence, analysis.divergence):
+        for size in (0, -1):
+            with pytest.raises(ValueError, match=f"batch_size must be an integer >= 1, got {size}"):
+                function(tuned.model, None, [5, 6], batch_size=size)
     zero = tune(MAIN[0], init_weights=True)
     with pytest.raises(ValueError, match=r"state of 'model\.layers\.0\.linear_attn' is zero"):
         analysis.memory(zero.model, None, [5])

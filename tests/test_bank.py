@@ -548,8 +548,9 @@ def test_requests_that_make_no_sense(served: Served) -> None:
         bank(ids, tasks="plain")
     with pytest.raises(ValueError, match="tasks is empty"):
         bank(ids, tasks=[])
-    with pytest.raises(ValueError, match="has 2 entries, but the batch has 3 rows"):
-        bank(ids, tasks=["plain", "strong"])
+    for names in (["plain", "strong"], ["__base__"]):
+        with pytest.raises(ValueError, match=f"^tasks has {len(names)} entries, but the batch has 3 rows"):
+            bank(ids, tasks=names)
     with bank.use(["plain"] * 3):
         with pytest.raises(RuntimeError, match=r"inside of StateBank\.use"), bank.use(["plain"] * 3):
             pass

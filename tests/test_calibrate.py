@@ -167,9 +167,10 @@ def test_zero_is_taken_only_if_it_is_in_the_grid(tuned: Tuned) -> None:
         UserWarning, match="no alpha is better than 0, whose score is 3; that of the best is 2. On these"
     ):
         assert calibrate(tuned.model, scored(values), [0.5, 1.0]).best == 0.5
-    result = calibrate(tuned.model, scored(values), [1, 0, 0.5])
-    assert result.best == 0.0
-    assert [trial.alpha for trial in result.table] == [0.0, 0.5, 1.0]
+    for grid in ([1, 0, 0.5], torch.tensor([1, 0, 0.5])):
+        result = calibrate(tuned.model, scored(values), grid)
+        assert result.best == 0.0
+        assert [trial.alpha for trial in result.table] == [0.0, 0.5, 1.0]
 
 
 def test_the_grid_by_default(architecture: Architecture) -> None:
@@ -468,8 +469,11 @@ def test_a_picture(result: Calibration, tuned: Tuned, tmp_path: Path) -> None:
     assert lines["chosen, layer by layer"].get_ydata()[0] == pytest.approx(0.0, abs=1e-9)
 
 
-def test_a_picture_of_alpha_0_alone(tuned: Tuned) -> None:
-    axes = calibrate(tuned.model, scored({0.0: 0.25}), [0.0]).plot()
+def test_a_picture_of_alpha_0_alone(tuned: Tuned, tmp_path: Path) -> None:
+    found = calibrate(tuned.model, scored({0.0: 0.25}), [0.0])
+    found.plot(tmp_path / "alpha.png")
+    assert (tmp_path / "alpha.png").read_bytes().startswith(b"\x89PNG")
+    axes = found.plot()
     lines = {line.get_label(): line for line in axes.lines}
     assert len(lines["one alpha for all layers"].get_xdata()) == 0
     assert list(lines["alpha 0"].get_ydata()) == [0.25, 0.25]

@@ -86,6 +86,15 @@ def test_numbers_that_no_file_takes(tmp_path: Path, numbers: Any) -> None:
     assert replace(S0Config.from_pretrained(tmp_path), inference_mode=False) == config
 
 
+@pytest.mark.parametrize("kind", [np.float32, np.int64, torch.tensor], ids=["float32", "int64", "tensor"])
+def test_single_numbers_that_no_file_takes(tmp_path: Path, kind: Callable[[int], Any]) -> None:
+    names = ["alpha", "train_alpha", "l2_lambda", "init_weights", "rank"]
+    config = S0Config(**{name: kind(2) for name in names if name != "rank" or kind is not np.float32})
+    assert all(type(value) in (int, float) for name in names if (value := getattr(config, name)) is not None)
+    config.save_pretrained(tmp_path)
+    assert replace(S0Config.from_pretrained(tmp_path), inference_mode=False) == config
+
+
 def test_alpha_is_the_familys_unless_given(architecture) -> None:
     for alpha, expected in ((None, architecture.alpha), (0.0, 0.0)):
         model = get_peft_model(architecture.build(), S0Config(alpha=alpha))

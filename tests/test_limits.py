@@ -1,4 +1,4 @@
-"""What base models themselves cannot do: pinned, so that it shows when it changes."""
+"""What base models, PEFT and TRL cannot do themselves: pinned, so that it shows when it changes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import ARCHITECTURES, LEAKS, MAIN, NGRAMS, Architecture, mixers
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from reference import Mamba2
 from test_law import in_chunks, packed_arguments
 from trainers import logged, mean_loss, sft, token_rows
@@ -77,6 +78,36 @@ def test_trl_does_not_find_the_soft_cap_of_logits(name: str, cap: str, tmp_path:
     expected = mean_loss(architecture.build(), rows)
     assert losses[0] != pytest.approx(expected, rel=1e-5)
     assert losses[1] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "config", [S0Config(), LoraConfig(target_modules=["q_proj"])], ids=lambda config: config.peft_type
+)
+def test_peft_keeps_tokens_for_all_adapters_or_none(config: PeftConfig, tmp_path: Path) -> None:
+    def model(first: list[int] | None, second: list[int] | None) -> PeftModel:
+        made = get_peft_model(MAIN[0].build(), replace(config, trainable_token_indices=first), "first")
+        made.add_adapter("second", replace(config, trainable_token_indices=second))
+        return made
+
+    model([5], [6]).save_pretrained(tmp_path)
+    model([5], [6]).load_adapter(tmp_path / "second", "third")
+    model(None, None).save_pretrained(tmp_path / "plain")
+    with pytest.raises(KeyError, match="trainable_tokens_delta"):
+        model([5], None).save_pretrained(tmp_path)
+    with pytest.raises(KeyError, match="trainable_tokens_delta"):
+        model([5], [6]).load_adapter(tmp_path / "plain" / "second", "third")
+
+
+def test_peft_reads_no_config_for_a_name_that_is_there(tmp_path: Path) -> None:
+    ids = torch.tensor([[5, 6, 7]])
+    tuned = tune(MAIN[0], alpha=0.3)
+    tuned.model.save_pretrained(tmp_path)
+    other = tune(MAIN[0], alpha=0.9).model
+    other.load_adapter(tmp_path, "default")
+    assert other.peft_config["default"].alpha == 0.9
+    assert not torch.equal(other(ids).logits, tuned.model(ids).logits)
+    other.hotswap_adapter(tmp_path, "default")
+    assert torch.equal(other(ids).logits, tuned.model(ids).logits)
 
 
 def test_trl_does_not_train_tokens_of_tied_embeddings(tmp_path: Path) -> None:

@@ -273,6 +273,18 @@ def test_disabling_is_the_base_model(both: Both) -> None:
         assert torch.equal(both.logits(), expected)
 
 
+@torch.no_grad()
+def test_rows_choose_among_states(both: Both) -> None:
+    """The matrices are in force in all of them."""
+    ids, whole = both.tuned.ids(2, 9), both.logits()
+    both.s0.add_adapter("zeros", S0Config())
+    both.s0.set_adapter("zeros")
+    alone = both.logits()
+    for name in ("__base__", "zeros", "matrices"):
+        rows = both.s0.eval()(ids, adapter_names=["states", name]).logits
+        torch.testing.assert_close(rows, torch.stack([whole[0], alone[1]]), atol=1e-5, rtol=0)
+
+
 def test_names(both: Both) -> None:
     """The configs of a model's adapters are one dict, whichever the methods."""
     with pytest.raises(ValueError, match=r"has an adapter 'matrices' of type LORA.*another name"):

@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -142,7 +143,14 @@ def test_text_chat_and_ids_are_the_same_prompt() -> None:
     by_ids = tokenizer(TEXT)["input_ids"]
     assert by_ids[0] == tokenizer.bos_token_id
     expected = final_states(base, torch.tensor(by_ids))
-    for prompt in (TEXT, by_ids, torch.tensor(by_ids), torch.tensor([by_ids]), [TEXT]):
+    arrays = [
+        np.array(by_ids),
+        np.array([by_ids]),
+        [np.array(by_ids)],
+        list(np.array(by_ids)),
+        list(torch.tensor(by_ids)),
+    ]
+    for prompt in (TEXT, by_ids, torch.tensor(by_ids), torch.tensor([by_ids]), *arrays, [TEXT]):
         (row,) = token_rows(base, tokenizer, prompt)
         assert row.tolist() == by_ids
     (row,) = token_rows(base, tokenizer, chat)

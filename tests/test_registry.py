@@ -170,6 +170,12 @@ def test_a_cache_of_an_unknown_name() -> None:
         ):
             get_peft_model(model, S0Config())
         assert list(model.state_dict()) == before
+        register_mixer(replace(declared, cache_argument="memories"))
+        # Where forward takes further arguments, a sequence would start from nothing, and nobody would say so.
+        with pytest.raises(
+            TypeError, match=r"expected memories among the arguments of its forward, found hidden_states, me"
+        ):
+            get_peft_model(model, S0Config())
         register_mixer(replace(declared, cache_argument="memory"))
         layer = next(get_peft_model(model, S0Config()).base_model.tuner_layers())
         assert layer.cache_argument == "memory"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -192,6 +193,32 @@ def test_modules_to_save_of_each_row(architecture: Architecture, active: str, ge
     assert unrouted(tuned.model)
 
 
+def test_a_module_that_its_mixer_does_not_call(architecture: Architecture) -> None:
+    """The weights of a convolution are read off it, and are those of one adapter for all rows."""
+    tuned = mix(architecture, modules_to_save=["conv1d"])
+    for name, parameter in tuned.model.named_parameters():
+        if "modules_to_save" in name:
+            parameter.mul_(2)
+    ids = tuned.ids(2, 6)
+    expected = tuned.model(ids).logits
+    for call in (tuned.model, partial(tuned.model.generate, max_new_tokens=2)):
+        for names in (["default", "__base__"], ["__base__"] * 2, ["second", "default"]):
+            message = r"layers\.0\.\w+\.conv1d' without calling it, those of adapter 'default' for all rows"
+            with pytest.raises(ValueError, match=message):
+                call(ids, adapter_names=names)
+            assert unrouted(tuned.model)
+    assert torch.equal(tuned.model(ids).logits, expected)
+    torch.testing.assert_close(tuned.model(ids, adapter_names=["default"] * 2).logits, expected, atol=3e-6, rtol=0)
+    tuned.model.set_adapter("second")
+    second = tuned.model(ids).logits
+    torch.testing.assert_close(
+        tuned.model(ids, adapter_names=["second", "__base__"]).logits,
+        torch.stack([second[0], tuned.base(ids).logits[1]]),
+        atol=3e-6,
+        rtol=0,
+    )
+
+
 def test_nothing_stays_when_generate_fails_midway(architecture: Architecture) -> None:
     tuned = with_lm_head(architecture)
     ids = tuned.ids(3, 5)
@@ -240,9 +267,14 @@ def test_within_disable_adapter(mixed: Tuned) -> None:
         assert torch.equal(mixed.model(ids, adapter_names=NAMES).logits, mixed.base(ids).logits)
 
 
-@pytest.mark.parametrize("names", [["default", "second"], ["__base__", "second"]])
-def test_packed_rows(mixed: Tuned, names: list[str]) -> None:
-    """All documents of a row have the row's adapter, whatever their number."""
+@pytest.mark.parametrize("names", [["default", "second"], ["__base__", "second"], ["second", "default"]])
+@pytest.mark.parametrize("more", [{}, {"modules_to_save": ["out_proj"]}], ids=["states", "modules"])
+def test_packed_rows(architecture: Architecture, names: list[str], more: dict) -> None:
+    """All documents of a row have the row's adapter, whatever their number, in the parts of a mixer as well."""
+    mixed = mix(architecture, **more)
+    for name, parameter in mixed.model.named_parameters():
+        if "modules_to_save" in name:
+            parameter.mul_(2)
     lengths = (6, 8, 3, 11)
     rows = [mixed.ids(1, length, seed=length)[0] for length in lengths]
     # One row of three documents, and one of a single document.

@@ -211,17 +211,16 @@ class Mixer:
         """The forward argument of a mixer that carries its cache.
 
         Raises:
-            TypeError: if forward has none that is known, so that a sequence that goes on would look like a new one.
+            TypeError: if forward has none that is known, so that a sequence that goes on would look like a new one; or
+                not the one that was declared.
         """
-        if self.cache_argument is not None:
-            return self.cache_argument
-        name = cache_argument(type(mixer))
-        if name is None:
+        name = self.cache_argument or cache_argument(type(mixer))
+        if name not in parameter_names(type(mixer)):
             raise TypeError(
-                f"S0 does not know how {type(mixer).__name__} takes its cache: expected {' or '.join(CACHE_ARGUMENTS)} "
-                f"among the arguments of its forward, found {', '.join(parameter_names(type(mixer)))}. Install a "
-                "version of peft_s0 that knows this version of the class, or register it with its cache_argument "
-                "(peft_s0.register_mixer)."
+                f"S0 does not know how {type(mixer).__name__} takes its cache: expected "
+                f"{name or ' or '.join(CACHE_ARGUMENTS)} among the arguments of its forward, found "
+                f"{', '.join(parameter_names(type(mixer)))}. Install a version of peft_s0 that knows this version of "
+                "the class, or register it with its cache_argument (peft_s0.register_mixer)."
             )
         return name
 
