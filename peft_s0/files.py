@@ -62,7 +62,9 @@ def check_place(place: str | Path, overwrite: bool, own: Collection[str] | None 
         raise FileExistsError(f"'{place}' is the working directory or a mount point; name a folder in it to write to.")
     if own is None or any(place.iterdir()):
         if not overwrite:
-            raise FileExistsError(f"'{place}' exists already. Choose another name, or replace it with overwrite=True.")
+            raise FileExistsError(
+                f"'{place}' exists already. Choose another name, or replace it with overwrite=True (--overwrite)."
+            )
         others = sorted({path.name for path in place.iterdir()} - set(own)) if own is not None else []
         if others:
             raise FileExistsError(

@@ -216,6 +216,8 @@ class S0Model(BaseTuner):
         self._routing = Routing() if present is None else present.routing
         self._routing.layers = []
         with self._all_or_nothing(model, adapter_name):
+            if adapter_name == BASE:
+                raise ValueError(f"'{BASE}' stands for the base model in adapter_names; name the adapter otherwise.")
             self._replace(adapter_name)
             super().inject_adapter(
                 model,

@@ -91,6 +91,14 @@ def test_target_modules_that_hit_nothing(architecture: Architecture) -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_the_base_models_name(architecture: Architecture) -> None:
+    """Else rows of the base model would have the adapter's states."""
+    model = architecture.build()
+    with pytest.raises(ValueError, match="'__base__' stands for the base model in adapter_names"):
+        get_peft_model(model, S0Config(), adapter_name="__base__")
+    assert untouched(model)
+
+
 LATE = [
     ({"trainable_token_indices": {"nothing": [1]}}, ValueError, "Target modules {'nothing'} not found"),
     ({"trainable_token_indices": [100_000]}, IndexError, "out of bounds"),
