@@ -268,13 +268,8 @@ def test_within_disable_adapter(mixed: Tuned) -> None:
 
 
 @pytest.mark.parametrize("names", [["default", "second"], ["__base__", "second"], ["second", "default"]])
-@pytest.mark.parametrize("more", [{}, {"modules_to_save": ["out_proj"]}], ids=["states", "modules"])
-def test_packed_rows(architecture: Architecture, names: list[str], more: dict) -> None:
-    """All documents of a row have the row's adapter, whatever their number, in the parts of a mixer as well."""
-    mixed = mix(architecture, **more)
-    for name, parameter in mixed.model.named_parameters():
-        if "modules_to_save" in name:
-            parameter.mul_(2)
+def test_packed_rows(mixed: Tuned, names: list[str]) -> None:
+    """All documents of a row have the row's adapter, whatever their number."""
     lengths = (6, 8, 3, 11)
     rows = [mixed.ids(1, length, seed=length)[0] for length in lengths]
     # One row of three documents, and one of a single document.
@@ -285,6 +280,15 @@ def test_packed_rows(architecture: Architecture, names: list[str], more: dict) -
     for (row, name), actual in zip(documents, logits.split([6, 8, 3, 17]), strict=True):
         expected = alone(mixed, lambda model, row=row: model(row[None], use_cache=False).logits, [name])
         torch.testing.assert_close(actual[None], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("names", [["default", "second"], ["__base__", "second"], ["second", "default"]])
+def test_packed_rows_in_the_parts_of_a_mixer(architecture: Architecture, names: list[str]) -> None:
+    mixed = mix(architecture, modules_to_save=["out_proj"])
+    for name, parameter in mixed.model.named_parameters():
+        if "modules_to_save" in name:
+            parameter.mul_(2)
+    test_packed_rows(mixed, names)
 
 
 def test_packed_rows_of_the_same_token(mixed: Tuned) -> None:
