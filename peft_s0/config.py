@@ -206,9 +206,6 @@ class S0Config(PeftConfig):
             raise ValueError(f"S0Config: modules_to_save must be a list of names, got {self.modules_to_save!r}.")
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError("S0Config: layers_pattern counts for nothing without layers_to_transform; set both.")
-        if self.layers_to_transform == []:
-            # PEFT takes it for all, as a share of few layers may come out.
-            raise ValueError("S0Config: layers_to_transform names no layer; name some, or leave it at None for all.")
         for name in ("alpha", "train_alpha", "l2_lambda"):
             value = getattr(self, name)
             if value is None and name != "l2_lambda":

@@ -382,8 +382,10 @@ class S0Layer(nn.Module, BaseTunerLayer):
         """
         names = [adapter_names] if isinstance(adapter_names, str) else [*adapter_names]
         let_learn(self.held, [] if inference_mode else names)
-        # Not as an attribute: that of a module takes longer than all else here.
-        vars(self)["_active_adapter"] = names
+        if names != self._active_adapter:
+            # The same list stays, which layers share: compiled code sees whether they do. And not as an attribute: that
+            # of a module takes longer than all else here.
+            vars(self)["_active_adapter"] = names
 
     def alpha(self, adapter_name: str) -> float:
         """The scale of an adapter's state in this layer: what was learnt, else what its config says now.

@@ -33,7 +33,6 @@ from peft_s0 import S0Config, S0Layer
         ({"init_weights": "zeros"}, "init_weights must be"),
         ({"init_weights": -1.0}, "init_weights must be"),
         ({"layers_pattern": "layers"}, "layers_to_transform"),
-        ({"layers_to_transform": range(0)}, "layers_to_transform names no layer; .* None for all"),
         ({"normalize": "no"}, "normalize must be True or False, got 'no'"),
         ({"learn_alpha": 1}, "learn_alpha must be True or False, got 1"),
         # PEFT would take each letter for the end of names, and train whatever ends so.
