@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from contextlib import redirect_stdout
 from itertools import product
@@ -54,8 +55,9 @@ def main(folder: str) -> None:
             }
         )
     Path(folder, f"{trainer.accelerator.process_index}.json").write_text(json.dumps(found))
-    trainer.end()  # a thread of the process group that outlives the interpreter aborts the process
 
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    # As in `runs.py`.
+    os._exit(0)
