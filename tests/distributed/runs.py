@@ -244,6 +244,6 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-    # Without what Python does at its end: a thread of gloo may wait for the interpreter to give a tensor up, which aborts
-    # the process, or hangs where the process group is destroyed.
+    # Without what Python does at its end: a thread of gloo may wait for the interpreter to give a tensor up, which
+    # aborts the process, or hangs it where the process group is destroyed.
     os._exit(0)
